@@ -1,0 +1,45 @@
+"""One way to tell a person what is wrong with what they gave us."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class InputError(Exception):
+    """Something a person gave (a file, a key, a value) cannot be used.
+
+    The message is one line that names the file, key or value and says what to do.
+    Commands print it without a traceback and exit with code 2.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command's ``main`` so that mistakes of its user end in one line and exit code 2."""
+
+    @wraps(main)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            sys.exit(fail(str(error)))
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            sys.exit(fail(f"{where}{error.strerror or error}"))
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def fail(message: str) -> int:
+    """Print ``message`` as one error line and return the exit code that goes with it."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2

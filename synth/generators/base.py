@@ -1,0 +1,48 @@
+"""The seam between whatever makes faces and whoever uses them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faceless.randomness import Rng
+
+
+class Generator(nn.Module, ABC):
+    """Latents to unlabeled faces. Pure in its inputs: the same latents give the same faces on any batch split.
+
+    Attributes:
+        latent_shape: shape of one latent.
+        face_size: height and width of the faces in pixels.
+        licence: of the weights, shown and recorded.
+    """
+
+    latent_shape: tuple[int, ...]
+    face_size: int
+    licence: str = "unknown"
+
+    def sample_latents(self, n: int, rng: Rng) -> Tensor:
+        """``[n, *latent_shape]``, standard normal unless a generator says otherwise; ``len(rng) == n``."""
+        if len(rng) != n:
+            raise ValueError(f"{n} latents from random numbers for {len(rng)} samples")
+        return rng.normal(*self.latent_shape)
+
+    @abstractmethod
+    def synthesize(self, latents: Tensor) -> Tensor:
+        """``[B, *latent_shape]`` to ``[B, 3, face_size, face_size]`` RGB float in 0..255; differentiable."""
+
+    def perturb(self, latents: Tensor, scale: Tensor, rng: Rng) -> Tensor:
+        """Gaussian steps of standard deviation ``scale [B]`` around ``latents`` (SynthDistill, arXiv 2308.14852)."""
+        noise = rng.normal(*self.latent_shape).to(latents)
+        return latents + scale.to(latents).view(-1, *[1] * len(self.latent_shape)) * noise
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record of the faces needs: generator, weights' sha256, licence."""
+        return {"generator": type(self).__name__, "licence": self.licence}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
