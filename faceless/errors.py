@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 
 
@@ -16,6 +17,19 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def suggest(wrong: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known ones, or all of them.
+
+    >>> suggest("iresnet5", ["iresnet50", "slimresnet"])
+    'did you mean iresnet50?'
+    >>> suggest("vgg", ["iresnet50", "slimresnet"])
+    'known are iresnet50, slimresnet'
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(wrong, known)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

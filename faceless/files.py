@@ -1,0 +1,90 @@
+"""Files that are either complete or not there: temporary name in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from faceless.errors import InputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a full disk or a refused write inside the block into one line that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(f"{path}: no space left on the disk; free some and run the same command again") from error
+        if error.errno in _REFUSED:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        raise
+
+
+def _sync(path: Path, flags: int = os.O_RDONLY) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends well and vanishes when it does not.
+
+    The temporary name lies in the same folder (made if need be), is hidden, and ends as ``path`` ends, since some
+    writers look at the suffix.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_path(target) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> target.read_text()
+    'whole'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name[-200:]}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        # The rename itself survives a power cut only once the folder is on the disk; not every system opens folders.
+        with suppress(OSError):
+            _sync(path.parent)
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file, text as UTF-8; readers see the old content or the new one, never a part.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
