@@ -1,0 +1,94 @@
+"""What every distillation loss is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from faceless.recognizer import Output
+
+
+class Loss(nn.Module, ABC):
+    """A number that says how far the student is from the teacher.
+
+    Subclasses write `compute`, which is called outside autocast, with embeddings in float32 or better and a teacher
+    that carries no gradient. What a loss remembers lives in buffers and parameters, and changes in training mode only.
+    Too few samples give a zero that is connected to the student, never NaN.
+
+    Over processes: a loss of single samples is the mean over the process's own batch, which DDP averages; batches of
+    equal size per process therefore give what one process would. A loss of pairs gathers first, and is equal on every
+    process.
+
+    Attributes:
+        needs_labels: whether ``labels`` must be given.
+        needs_features: whether the outputs must carry feature maps.
+    """
+
+    needs_labels: bool = False
+    needs_features: bool = False
+
+    def forward(self, student: Output, teacher: Output, labels: Tensor | None = None) -> Tensor:
+        """Scalar loss of a batch.
+
+        Args:
+            student, teacher: embeddings ``[B, Ds]`` and ``[B, Dt]`` of any norm and floating type.
+            labels: ``[B]`` int64, for losses that say `needs_labels`.
+
+        Raises:
+            ValueError: shapes that do not fit, or labels missing.
+        """
+        S, T = student.embedding, teacher.embedding
+        if S.ndim != 2 or T.ndim != 2 or len(S) != len(T):
+            raise ValueError(f"embeddings are [B, D] with one B, got {list(S.shape)} and {list(T.shape)}")
+        if self.needs_labels:
+            if labels is None:
+                raise ValueError(f"{type(self).__name__} needs labels and this batch has none")
+            if labels.shape != S.shape[:1]:
+                raise ValueError(f"labels are [{len(S)}] for this batch, got {list(labels.shape)}")
+        # A teacher run under inference_mode gives tensors that autograd refuses to save; a clone is an ordinary one.
+        T = T.clone() if T.is_inference() else T.detach()
+        dtype = torch.promote_types(torch.promote_types(S.dtype, T.dtype), torch.float32)
+        with torch.autocast(S.device.type, enabled=False):
+            return self.compute(
+                replace(student, embedding=S.to(dtype)), replace(teacher, embedding=T.to(dtype)), labels
+            )
+
+    @abstractmethod
+    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+        """The formula of the class, on embeddings made ready by `forward`."""
+
+
+def same_dim(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
+    """Both embeddings, which must have one D; a student of another D is projected before the loss."""
+    S, T = student.embedding, teacher.embedding
+    if S.shape[1] != T.shape[1]:
+        raise ValueError(f"student and teacher embeddings have {S.shape[1]} and {T.shape[1]} numbers; project one")
+    return S, T
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean of all values; 0, still connected to the graph, when there are none."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def positive(**named: float) -> float:
+    """Check and return the one named value.
+
+    >>> positive(temperature=0.1)
+    0.1
+    """
+    ((name, value),) = named.items()
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be positive")
+    return value
+
+
+def one_of(choices: tuple[str, ...], **named: str) -> str:
+    """Check that the one named value is among ``choices``, and return it."""
+    ((name, value),) = named.items()
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, choices))}")
+    return value
