@@ -1,4 +1,4 @@
-"""Losses between the two embeddings of one face, and the centering that all embedding losses share."""
+"""Losses between the two embeddings of one face, and the centering of the teacher that all losses share."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from faceless.recognizer import Output
 
 
 class Centering(nn.Module):
-    """Subtract the teacher's mean embedding from the embeddings of both networks.
+    """Subtract the teacher's mean embedding from the teacher's embeddings.
 
     Some teachers (dlib's among them) put all faces into a narrow cone: strangers have cosines above 0.8, and a loss of
-    angles sees little but the common mean. Its removal spreads the angles.
+    angles sees little but the common mean. Its removal spreads the angles. The student is left alone: it learns to emit
+    centered embeddings itself, so what is deployed needs no mean, and compares by plain cosine.
 
     The mean is an exponential average of the teacher's batch means over all processes, corrected for its start at zero.
     It is updated in training mode, before it is used, so that the first batch is centered on its own mean. `prime` sets
     it once and for all instead.
 
     Args:
-        embedding_dim: D of both networks.
+        embedding_dim: D of the teacher.
         momentum: weight of the old average at each step, in [0, 1).
 
     Shape:
-        both embeddings ``[B, D]``; returns the two outputs with centered embeddings in float32 or better.
+        embedding ``[B, D]``; returns the output with a centered embedding in float32 or better.
 
     Raises:
         ValueError: momentum is out of range, or an embedding does not have D numbers.
 
     >>> center = Centering(2)
-    >>> faces = Output(torch.tensor([[5.0, 1.0], [5.0, -1.0]]))
-    >>> center(faces, faces)[0].embedding
+    >>> center(Output(torch.tensor([[5.0, 1.0], [5.0, -1.0]]))).embedding
     tensor([[ 0.,  1.],
             [ 0., -1.]])
     """
@@ -80,14 +80,13 @@ class Centering(nn.Module):
         self.average.lerp_(sums[:-1] / count.clamp(min=1), 1 - keep)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
 
-    def forward(self, student: Output, teacher: Output) -> tuple[Output, Output]:
-        S, T = same_dim(student, teacher)
-        if S.shape[1:] != self.average.shape:
-            raise ValueError(f"this centering is for embeddings of {len(self.average)} numbers, got {S.shape[1]}")
+    def forward(self, teacher: Output) -> Output:
+        T = teacher.embedding
+        if T.shape[1:] != self.average.shape:
+            raise ValueError(f"this centering is for embeddings of {len(self.average)} numbers, got {T.shape[1]}")
         if self.training:
             self.update(T)
-        center = self.mean
-        return replace(student, embedding=S - center), replace(teacher, embedding=T - center)
+        return replace(teacher, embedding=T - self.mean)
 
 
 class CosineEmbedding(Loss):

@@ -1,0 +1,136 @@
+"""Augmentations of a batch of faces, drawn per sample and applied on the device the batch is on.
+
+Teacher and student see the same augmented face: the target of a changed face is what the teacher says about that change
+("function matching", Beyer et al., CVPR 2022). Every number drawn depends only on the sample (see `faceless.randomness`),
+so a view can be drawn again later, on any batch split, which is what lets teacher embeddings be cached.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
+from kornia.geometry.transform import warp_affine
+from torch import Tensor
+
+from faceless.errors import InputError
+from faceless.randomness import Rng
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclass
+class Augment:
+    """How strongly faces are changed; a probability or a strength of 0 switches a change off.
+
+    Args:
+        size: side of the augmented faces in pixels; None keeps that of the source.
+        flip: probability of a horizontal mirror.
+        rotate: largest rotation in degrees.
+        scale: largest change of size, as a natural logarithm (0.1 is about 10 %).
+        shift: largest shift along each axis, as a fraction of the side.
+        gray: probability of losing all color.
+        brightness: largest change of brightness, in units of 0..255.
+        contrast: largest change of contrast, as a natural logarithm.
+        blur, blur_sigma: probability, and the largest Gaussian sigma in pixels of a 64-pixel face.
+        noise, noise_sigma: probability, and the standard deviation in units of 0..255.
+        resample: probability of shrinking to half or to a third of the side and back.
+    """
+
+    size: int | None = None
+    flip: float = 0.5
+    rotate: float = 8.0
+    scale: float = 0.08
+    shift: float = 0.06
+    gray: float = 0.3
+    brightness: float = 30.0
+    contrast: float = 0.4
+    blur: float = 0.1
+    blur_sigma: float = 1.0
+    noise: float = 0.1
+    noise_sigma: float = 8.0
+    resample: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "gray", "blur", "noise", "resample"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"augment.{name} is {getattr(self, name)}; a probability lies in 0..1")
+        for name in ("rotate", "scale", "shift", "brightness", "contrast", "blur_sigma", "noise_sigma"):
+            if getattr(self, name) < 0.0:
+                raise InputError(f"augment.{name} is {getattr(self, name)}; it cannot be negative")
+        if self.size is not None and self.size < 8:
+            raise InputError(f"augment.size is {self.size}; use 8 pixels or more")
+
+    def __call__(self, images: Tensor, rng: Rng) -> Tensor:
+        """``[B, 3, H, W]`` uint8 or float in 0..255 to float ``[B, 3, size, size]`` in 0..255.
+
+        Raises:
+            ValueError: ``rng`` is not for exactly these B samples.
+        """
+        if len(rng) != len(images):
+            raise ValueError(f"random numbers for {len(rng)} samples, {len(images)} images")
+        faces = self.geometry(images.float(), rng.child("geometry"))
+        faces = self.color(faces, rng.child("color"))
+        faces = self.degrade(faces, rng.child("degrade"))
+        return faces.clamp(0.0, 255.0)
+
+    def geometry(self, faces: Tensor, rng: Rng) -> Tensor:
+        """Mirror, rotate, scale, shift and resize in one interpolation; pixels from outside repeat the border."""
+        height, width = faces.shape[-2:]
+        size = self.size or height
+        draws = rng.uniform(5)
+        mirror = torch.where(draws[:, 0] < self.flip, -1.0, 1.0)
+        angle = (draws[:, 1] * 2 - 1) * math.radians(self.rotate)
+        zoom = torch.exp((draws[:, 2] * 2 - 1) * self.scale)
+        offset = (draws[:, 3:5] * 2 - 1) * self.shift * size
+        if size < height:
+            # Low-pass before the warp samples sparsely.
+            faces = F.interpolate(faces, (size, size), mode="bilinear", align_corners=False, antialias=True)
+            height = width = size
+        cos, sin = zoom * torch.cos(angle) * size / width, zoom * torch.sin(angle) * size / height
+        linear = torch.stack((torch.stack((mirror * cos, -sin), 1), torch.stack((mirror * sin, cos), 1)), 1)
+        center = torch.tensor([(width - 1) / 2, (height - 1) / 2])
+        move = torch.full((1, 2), (size - 1) / 2) + offset - linear @ center
+        matrix = torch.cat((linear, move.unsqueeze(-1)), -1).to(faces.device)
+        return warp_affine(faces, matrix, (size, size), padding_mode="border", align_corners=True)
+
+    def color(self, faces: Tensor, rng: Rng) -> Tensor:
+        """Contrast about each face's mean, brightness, and gray, as one 3x3 matrix and offset per face."""
+        draws = rng.uniform(3).to(faces.device)
+        contrast = torch.exp((draws[:, 0] * 2 - 1) * self.contrast)[:, None, None]
+        brightness = ((draws[:, 1] * 2 - 1) * self.brightness)[:, None]
+        gray = torch.tensor([LUMA] * 3, device=faces.device)
+        mix = torch.where((draws[:, 2] < self.gray)[:, None, None], gray, torch.eye(3, device=faces.device))
+        mean = faces.mean((1, 2, 3))[:, None]
+        matrix = mix * contrast
+        offset = mean * (1 - contrast[:, :, 0]) + brightness
+        out = torch.baddbmm(offset.unsqueeze(-1), matrix, faces.flatten(2))
+        return out.view_as(faces)
+
+    def degrade(self, faces: Tensor, rng: Rng) -> Tensor:
+        """Blur, noise and loss of resolution, each on the faces that drew it."""
+        draws, side = rng.uniform(5), faces.shape[-1]
+        # The draws live on the CPU, so choosing rows costs no host-device synchronisation.
+        blurred = (draws[:, 0] < self.blur).nonzero().squeeze(1)
+        if len(blurred) and self.blur_sigma:
+            sigma = (0.3 + 0.7 * draws[blurred, 1:2].expand(-1, 2)) * self.blur_sigma * side / 64
+            kernel = 2 * math.ceil(2 * self.blur_sigma * side / 64) + 1
+            rows = blurred.to(faces.device)
+            faces = faces.index_copy(0, rows, gaussian_blur2d(faces[rows], (kernel, kernel), sigma.to(faces)))
+        for times in (2, 3):
+            low = self.resample / 2 * (times - 2)
+            shrunk = ((draws[:, 2] >= low) & (draws[:, 2] < low + self.resample / 2)).nonzero().squeeze(1)
+            if len(shrunk):
+                rows = shrunk.to(faces.device)
+                small = F.interpolate(faces[rows], (side // times,) * 2, mode="bilinear", antialias=True)
+                back = F.interpolate(small, (side, side), mode="bilinear")
+                faces = faces.index_copy(0, rows, back)
+        noisy = (draws[:, 3] < self.noise).nonzero().squeeze(1)
+        if len(noisy) and self.noise_sigma:
+            grain = rng.child("noise").rows(noisy).normal(1, side, side) * self.noise_sigma
+            rows = noisy.to(faces.device)
+            faces = faces.index_add(0, rows, grain.to(faces).expand(-1, 3, -1, -1))
+        return faces
