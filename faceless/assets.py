@@ -145,7 +145,7 @@ ASSETS: dict[str, Asset] = {
             pattern=r"s(?:[1-9]|[123]\d|40)/(?:[1-9]|10)\.pgm",
             size=4_128_188,
             sha256="968988c9872a2177e99ff0a22167803a33da22ed617cbfb6cda94e429e29bbe9",
-            licence="published for research; credit AT&T Laboratories Cambridge. The package has no licence text for it",
+            licence="published for research; credit AT&T Laboratories Cambridge. The package has no licence for it",
             note="the AT&T (ORL) Database of Faces, 400 photographs of 40 people: Samaria, Harter: Parameterisation of "
             "a stochastic model for human face identification, 1994",
             source="https://cam-orl.co.uk/facedatabase.html",

@@ -80,6 +80,9 @@ class Recognizer(nn.Module):
     torch.Size([2, 8])
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -102,16 +105,19 @@ class Recognizer(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
-        return int(self.backbone.embedding_dim)
+        dim: Any = self.backbone.embedding_dim
+        return int(dim)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` RGB in 0..255 to what the backbone was trained on; differentiable."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"faces have shape [B, 3, H, W], these have {list(images.shape)}")
-        pixels = resize(images.to(self.scale.dtype), self.spec.height, self.spec.width)
+        # Reordered while they are bytes, where it is cheapest; resized in full precision whatever the weights have.
+        images = images.contiguous(memory_format=torch.channels_last)
+        pixels = resize(images if images.is_floating_point() else images.float(), self.spec.height, self.spec.width)
         if self.spec.channel_order == "BGR":
             pixels = pixels.flip(1)
-        return torch.addcmul(self.shift, pixels, self.scale).contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)
 
     def forward(self, images: Tensor, features: Sequence[str] = ()) -> Output:
         """Embed a batch; ``features`` names sub-modules of the backbone whose outputs are wanted too."""
@@ -128,7 +134,6 @@ class Recognizer(nn.Module):
         embedding, logits = result if isinstance(result, tuple) else (result, None)
         return Output(embedding, logits, found)
 
-    @torch.inference_mode()
     def embed(self, images: Tensor, batch_size: int = 128, flip: bool = False) -> Tensor:
         """Unit-norm float32 embeddings ``[B, D]`` on the CPU of any number of faces, in eval mode.
 
@@ -139,12 +144,15 @@ class Recognizer(nn.Module):
         self.eval()
         rows = []
         try:
-            for chunk in images.split(batch_size):
-                chunk = chunk.to(device, non_blocking=True)
-                row = self(chunk).embedding.float()
-                if flip:
-                    row = row + self(chunk.flip(-1)).embedding.float()
-                rows.append(F.normalize(row).cpu())
+            with torch.inference_mode():
+                for chunk in images.split(batch_size):
+                    chunk = chunk.to(device, non_blocking=True)
+                    row = self(chunk).embedding.float()
+                    if flip:
+                        row = row + self(chunk.flip(-1)).embedding.float()
+                    rows.append(F.normalize(row).cpu())
         finally:
-            self.train(training)
-        return torch.cat(rows) if rows else torch.empty(0, self.embedding_dim)
+            if training:
+                self.train()
+        # Outside inference mode, so that losses may use the result.
+        return torch.cat(rows)

@@ -59,10 +59,11 @@ class DlibResNet29(nn.Module):
     statistics; they are folded into the convolution, so the 5,614,592 numbers of the file become 5,607,488 parameters.
     """
 
-    embedding_dim = 128
-
-    def __init__(self) -> None:
+    def __init__(self, *, embedding_dim: int = 128, input_size: int = 150) -> None:
         super().__init__()
+        if (embedding_dim, input_size) != (128, 150):
+            raise ValueError(f"embedding_dim is {embedding_dim} and input_size {input_size}; it has 128 and 150")
+        self.embedding_dim = embedding_dim
         self.stem = nn.Conv2d(3, 32, 7, stride=2)
         inputs, blocks = 32, []
         for channels, shrink in BLOCKS:
@@ -87,7 +88,7 @@ class DatReader:
         self.data, self.at, self.name = data, 0, name
 
     def fail(self, what: str) -> InputError:
-        return InputError(f"{self.name}: {what} at byte {self.at}; this is not dlib's face recognition ResNet, or is damaged")
+        return InputError(f"{self.name}: {what} at byte {self.at}; not dlib's face recognition ResNet, or damaged")
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
@@ -95,7 +96,7 @@ class DatReader:
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def int(self) -> int:
+    def integer(self) -> int:
         control = self.take(1)[0]
         size = control & 0x0F
         if not 1 <= size <= 8 or control & 0x70:
@@ -104,41 +105,43 @@ class DatReader:
         return -value if control & 0x80 else value
 
     def expect(self, wanted: int | tuple[int, ...], what: str) -> int:
-        value = self.int()
+        value = self.integer()
         if value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise self.fail(f"{what} is {value}")
         return value
 
-    def bool(self) -> bool:
+    def boolean(self) -> bool:
         value = self.take(1)
         if value not in (b"0", b"1"):
             raise self.fail("bad boolean")
         return value == b"1"
 
     def string(self) -> str:
-        size = self.int()
+        size = self.integer()
         if not 0 <= size <= 64:
             raise self.fail(f"a name of {size} bytes")
         return self.take(size).decode("ascii", "replace")
 
-    def float(self) -> float:
-        mantissa, exponent = self.int(), self.int()
-        if not -1200 < exponent < 1200:
+    def real(self) -> float:
+        mantissa, exponent = self.integer(), self.integer()
+        if not -900 < exponent < 900:  # the mantissa has at most 64 bits: no overflow
             raise self.fail("bad float")
         return math.ldexp(mantissa, exponent)
 
     def tensor(self) -> np.ndarray:
         self.expect(2, "tensor version")
-        shape = [self.int() for _ in range(4)]
+        shape = [self.integer() for _ in range(4)]
         count = math.prod(shape)
         if min(shape) < 0 or count > MAX_TENSOR:
             raise self.fail(f"a tensor of shape {shape}")
         return np.frombuffer(self.take(4 * count), "<f4").reshape(shape)
 
-    def alias(self) -> None:
-        self.expect(1, "alias version")
-        for _ in range(4):
-            self.int()
+    def aliases(self) -> None:
+        """Two views into the parameters before them: weights and biases."""
+        for _ in range(2):
+            self.expect(1, "alias version")
+            for _ in range(4):
+                self.integer()
 
     def layer(self, *kinds: str) -> str:
         kind = self.string()
@@ -169,36 +172,40 @@ def read_dat(path: str | Path) -> DlibResNet29:
     file = DatReader(path.read_bytes(), str(path))
     file.expect(1, "format version")
     file.layer("loss_metric_2")
-    file.float(), file.float()  # margin, distance threshold
-    versions = [file.expect({"add": 2, "innermost": 3}.get(kind, 1), f"version of a {kind} layer") for kind in layer_kinds()]
+    file.real(), file.real()  # margin, distance threshold
+    wanted = {"add": 2, "innermost": 3}
+    versions = [file.expect(wanted.get(kind, 1), f"version of a {kind} layer") for kind in layer_kinds()]
     file.layer("input_rgb_image_sized")
-    mean = [file.float() for _ in range(3)]
-    if any(abs(m - n) > 1e-3 for m, n in zip(mean, MEAN, strict=True)) or (file.int(), file.int()) != (150, 150):
+    mean = [file.real() for _ in range(3)]
+    if any(abs(m - n) > 1e-3 for m, n in zip(mean, MEAN, strict=True)) or (file.integer(), file.integer()) != (
+        150,
+        150,
+    ):
         raise file.fail("unexpected input layer")
 
     def caches(version: int = 2) -> None:
         for _ in range(3):
-            file.bool()
+            file.boolean()
         for _ in range(3):
             file.tensor()
         if version == 3:
-            file.int()
+            file.integer()
 
     def parameterless(*kinds: str, ints: int = 0) -> None:
         file.layer(*kinds)
         for _ in range(ints):
-            file.int()
+            file.integer()
         caches()
 
     def convolution(into: nn.Conv2d, version: int = 2) -> None:
         kind = file.layer("con_4", "con_5", "con_6")
         params = file.tensor().reshape(-1).copy()
-        filters, height, width, stride, _, pad, _ = (file.int() for _ in range(7))
-        file.alias(), file.alias()
+        filters, height, width, stride, _, pad, _ = (file.integer() for _ in range(7))
+        file.aliases()
         for _ in range(4):
-            file.float()
+            file.real()
         for _ in range({"con_4": 0, "con_5": 1, "con_6": 2}[kind]):
-            file.bool()
+            file.boolean()
         caches(version)
         out, _, *kernel = into.weight.shape
         found = (filters, [height, width], stride, pad, params.size)
@@ -206,8 +213,8 @@ def read_dat(path: str | Path) -> DlibResNet29:
             raise file.fail(f"a convolution of {found}")
         file.layer("affine_", "affine_2")
         scales = file.tensor().reshape(-1).copy()
-        file.alias(), file.alias()
-        file.int()
+        file.aliases()
+        file.integer()
         caches()
         if scales.size != 2 * out:
             raise file.fail("a scale of the wrong size")
@@ -221,6 +228,7 @@ def read_dat(path: str | Path) -> DlibResNet29:
     parameterless("relu_")
     parameterless("max_pool_2", ints=6)
     for block in net.blocks:
+        assert isinstance(block, Block)
         convolution(block.conv1)
         parameterless("relu_")
         convolution(block.conv2)
@@ -230,12 +238,12 @@ def read_dat(path: str | Path) -> DlibResNet29:
         parameterless("relu_")
     parameterless("avg_pool_2", ints=6)
     file.layer("fc_2")
-    outputs, inputs = file.int(), file.int()
+    outputs, inputs = file.integer(), file.integer()
     params = file.tensor().copy()
-    file.alias(), file.alias()
-    file.int()
+    file.aliases()
+    file.integer()
     for _ in range(4):
-        file.float()
+        file.real()
     caches()
     if (outputs, inputs, params.size) != (128, 256, 32768):
         raise file.fail("an embedding layer of the wrong size")

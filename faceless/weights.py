@@ -1,0 +1,424 @@
+"""Recognizers by name, from files in every format we read, and to folders that we write.
+
+Nothing in a weight file is executed: pickles are read with ``weights_only=True``, and a network is built from the names
+and shapes in the file or from a plain JSON description.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import reprlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from faceless import __version__, assets
+from faceless.backbones import ARCHITECTURES
+from faceless.backbones.dlib_resnet import read_dat
+from faceless.backbones.iresnet import BLOCKS, WIDTHS
+from faceless.errors import InputError, suggest
+from faceless.files import atomic_write, sha256
+from faceless.recognizer import InputSpec, Recognizer
+
+PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
+SUPPORTED = ".pth .pt (plain state dicts), .safetensors, .dat (dlib)"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+MAX_BYTES = 4 << 30
+# Wrappers that other training code leaves around a backbone, longest first.
+PREFIXES = ("_orig_mod.", "backbone.", "student.", "module.", "model.", "net.")
+NESTS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone")
+CLASSIFIERS = ("head.", "header.", "logits.")  # belong to training; an embedder has none
+
+State = dict[str, Tensor]
+
+
+def names() -> list[str]:
+    """The architectures that `create` builds; `load` also takes those that come with weights."""
+    return sorted(ARCHITECTURES)
+
+
+def create(
+    name: str,
+    *,
+    embedding_dim: int | None = None,
+    input_size: int | None = None,
+    framing: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Recognizer:
+    """An untrained recognizer.
+
+    Args:
+        name: one of `names`.
+        embedding_dim: D; None for the architecture's own.
+        input_size: pixels of the square input; None for the architecture's own.
+        framing: of the faces it will see, ``"arcface"`` or ``"dlib"``; None for the architecture's own.
+        seed: of the initial weights. The global random state is neither used nor changed.
+        options: of the architecture's class.
+
+    Raises:
+        InputError: unknown name or option, or a value that does not fit.
+
+    >>> create("mobilefacenet", embedding_dim=128, width=0.5, activation="relu").embedding_dim
+    128
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return _build(name, embedding_dim=embedding_dim, input_size=input_size, framing=framing, **options)
+
+
+def _build(name: str, *, embedding_dim: Any, input_size: Any, framing: Any, **options: Any) -> Recognizer:
+    if name not in ARCHITECTURES:
+        raise InputError(f"there is no architecture {name!r}; {suggest(name, ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    dim = architecture.embedding_dim if embedding_dim is None else embedding_dim
+    size = architecture.spec.height if input_size is None else input_size
+    for key, value, most in (("embedding_dim", dim, 65536), ("input_size", size, 2048)):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise InputError(f"{name}: {key} is {value!r}; use a whole number from 1 to {most}")
+    if framing not in (None, "arcface", "dlib"):
+        raise InputError(f"{name}: framing is {framing!r}; use 'arcface' or 'dlib'")
+    known = inspect.signature(architecture.build).parameters
+    for key in options:
+        if key not in known:
+            raise InputError(f"{name} has no option {key!r}; {suggest(key, known)}")
+    try:
+        backbone = architecture.build(embedding_dim=dim, input_size=size, **options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: {error}") from error
+    spec = replace(architecture.spec, height=size, width=size, framing=framing or architecture.spec.framing)
+    return Recognizer(backbone, spec, name=name, options={"embedding_dim": dim, "input_size": size, **options})
+
+
+def load(source: str | Path, spec: InputSpec | None = None) -> Recognizer:
+    """A trained recognizer, in eval mode on the CPU.
+
+    Args:
+        source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of InsightFace's
+            arcface_torch IResNets or of the fdbtrs and QUD MobileFaceNets in ``.pth``, ``.pt`` or ``.safetensors``;
+            ``.safetensors`` of ours; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+        spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
+
+    Returns:
+        The recognizer; ``.source`` tells the source and the SHA-256 of the weights.
+
+    Raises:
+        InputError: no such name or file, a file that is damaged or holds anything but weights, or weights that do not
+            fit any network we know.
+    """
+    text = str(source)
+    if text.startswith("hf-hub:"):
+        recognizer, file = _load_folder(_from_hub(text))
+    elif text in PRETRAINED:
+        file = assets.fetch(PRETRAINED[text])
+        recognizer = _load_dat(file)
+    elif Path(source).is_dir():
+        recognizer, file = _load_folder(Path(source))
+    elif Path(source).is_file():
+        file = Path(source)
+        recognizer = _load_file(file)
+    elif text in ARCHITECTURES:
+        raise InputError(f"{text} comes without weights: give a file or a folder, or create it untrained")
+    elif re.search(r"[/\\.]", text):
+        raise InputError(f"{text}: no such file or folder")
+    else:
+        raise InputError(f"{text}: no such recognizer, file or folder; {suggest(text, PRETRAINED)}")
+    if spec is not None:
+        recognizer = Recognizer(
+            recognizer.backbone, spec, name=recognizer.name, options=recognizer.options, source=recognizer.source
+        )
+    recognizer.source.update(source=text, sha256=sha256(file))
+    return recognizer.eval()
+
+
+def _load_dat(path: Path) -> Recognizer:
+    return Recognizer(
+        read_dat(path),
+        ARCHITECTURES["dlib-resnet29"].spec,
+        name="dlib-resnet29",
+        options={"embedding_dim": 128, "input_size": 150},
+    )
+
+
+def _load_file(path: Path) -> Recognizer:
+    if path.suffix == ".dat":
+        return _load_dat(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return _load_foreign(_read_pickle(path), path)
+    raise InputError(f"{path}: weights of the kind {path.suffix or 'without a suffix'} are not read; {SUPPORTED} are")
+
+
+def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise InputError(f"{folder}: holds no {WEIGHTS}; give a folder that faceless.save wrote")
+    return _load_safetensors(file), file
+
+
+def _load_safetensors(path: Path) -> Recognizer:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not readable as safetensors ({error})") from error
+    if "faceless" not in metadata:
+        return _load_foreign(state, path)
+    try:
+        config = json.loads(metadata["faceless"])
+        options = dict(config["options"])
+        spec = InputSpec(**config["input"])
+        name, record = str(config["architecture"]), dict(config["record"])
+        dim, size = options.pop("embedding_dim"), options.pop("input_size")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: its description is damaged ({type(error).__name__}: {error})") from error
+    recognizer = _assemble(name, state, path, embedding_dim=dim, input_size=size, **options)
+    return Recognizer(recognizer.backbone, spec, name=name, options=recognizer.options, source={"record": record})
+
+
+def _from_hub(source: str) -> Path:
+    import huggingface_hub
+
+    match = re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if match is None:
+        raise InputError(f"{source}: write hf-hub:owner/name, or hf-hub:owner/name@revision")
+    try:
+        folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=[WEIGHTS, CONFIG])
+    except Exception as error:  # its own errors, those of the HTTP library below it, OSError, ValueError
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{source}: could not be fetched from the hub ({lines[0]})") from error
+    return Path(folder)
+
+
+def _read_pickle(path: Path) -> State:
+    """The tensors of a ``torch.save`` file, wherever it nests them."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: {size} bytes are more than any recognizer has")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch.save never compresses; a file that does might unfold to any size.
+                if sum(entry.file_size for entry in archive.infolist()) > size:
+                    raise InputError(f"{path}: not written by torch.save")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many types for a damaged or hostile file
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise InputError(
+                f"{path}: holds {refused[1]}, which is code and not weights; ask its authors for the plain state dict"
+            ) from error
+        raise InputError(f"{path}: not readable as PyTorch weights ({type(error).__name__})") from error
+    for _ in range(4):  # a pickle can nest a dict in itself
+        if isinstance(found, Mapping):
+            found = next((found[key] for key in NESTS if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(f"{path}: holds a {type(found).__name__}, not a state dict")
+    for key, value in found.items():
+        if not isinstance(key, str) or not is_plain(value):
+            raise InputError(f"{path}: {reprlib.repr(key)} is not a plain tensor; give a plain state dict")
+    return dict(found)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a dense tensor all of whose elements the file holds (a stride of 0 makes much out of little)."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
+def strip(state: State) -> State:
+    """Drop classifiers and the prefixes that wrappers add to all keys.
+
+    >>> sorted(strip({"module.net.fc.weight": torch.ones(1), "module.head.weight": torch.ones(1)}))
+    ['fc.weight']
+    """
+    while True:
+        state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIERS)}
+        common = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
+        if common is None:
+            return state
+        state = {key[len(common) :]: value for key, value in state.items()}
+
+
+def _load_foreign(state: State, path: Path) -> Recognizer:
+    state = strip(state)
+    recognized = recognize(state)
+    if recognized is None:
+        few = ", ".join(list(state)[:3])
+        raise InputError(f"{path}: its keys ({few}, ...) are of no network we know: {', '.join(names())}")
+    name, options = recognized
+    return _assemble(name, state, path, **options)
+
+
+def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
+    """Architecture and options that the keys and shapes of a state dict speak of, or None."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+
+    def size(side: int) -> int:
+        return 16 * side  # both networks divide the side by 16
+
+    match shapes:
+        case {"fc.weight": (dim, inputs), "features.running_mean": _, "layer1.0.prelu.weight": _}:
+            depths = tuple(
+                len({key.split(".")[1] for key in shapes if key.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)
+            )
+            depth = next((depth for depth, blocks in BLOCKS.items() if blocks == depths), None)
+            side = math.isqrt(inputs // WIDTHS[-1])
+            return (f"iresnet{depth}", {"embedding_dim": dim, "input_size": size(side)}) if depth else None
+        case {
+            "conv1.conv.weight": (channels, *_),
+            "output_layer.linear.weight": (dim, _),
+            "output_layer.conv_6_dw.conv.weight": (*_, side),
+        }:
+            options = {
+                "width": channels / 64,
+                "activation": "prelu" if "conv1.prelu.weight" in shapes else "relu",
+                "affine": "output_layer.bn.weight" in shapes,
+            }
+            return "mobilefacenet", {"embedding_dim": dim, "input_size": size(side), **options}
+    return None
+
+
+def _assemble(name: str, state: State, path: Path, *, framing: str | None = None, **options: Any) -> Recognizer:
+    """Build ``name`` around the tensors of ``state``, which must fit exactly."""
+    try:
+        # Without memory first: what a file asks for is not allocated before it is known to match what it holds.
+        with torch.device("meta"):
+            recognizer = _build(name, framing=framing, **options)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    backbone = recognizer.backbone
+    wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    # A count of training batches; older files lack it and nothing in eval mode reads it.
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
+    problems = [f"missing {key}" for key in wanted if key not in found and key not in optional]
+    problems += [f"unexpected {key}" for key in found if key not in wanted]
+    problems += [
+        f"{key} is {list(found[key])} instead of {list(wanted[key])}"
+        for key in wanted
+        if key in found and found[key] != wanted[key]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"{path}: does not fit {name}: {'; '.join(problems[:3])}{more}")
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{path}: {key} holds values that are not finite")
+    backbone.to_empty(device="cpu")
+    with torch.no_grad():
+        for key, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+            tensor.copy_(state[key]) if key in state else tensor.zero_()
+    return Recognizer(backbone, recognizer.spec, name=name, options=recognizer.options)
+
+
+def save(recognizer: Recognizer, folder: str | Path, record: Mapping[str, Any] | None = None) -> Path:
+    """Write ``model.safetensors``, ``config.json`` and a model card; `load` reads the folder back.
+
+    The same recognizer and record give the same bytes. The weights carry their own description, so whatever moment a
+    save is interrupted at, ``model.safetensors`` is whole and loads; ``config.json`` is the copy for people and hubs.
+
+    Args:
+        folder: made if need be; files of an earlier save are replaced.
+        record: JSON-able; where the recognizer comes from. ``license``, ``teacher``, ``sources``, ``assets`` and
+            ``real_faces_in_training`` are shown on the card.
+
+    Raises:
+        InputError: the recognizer was not built by `create` or `load`, or the disk is full.
+    """
+    folder = Path(folder)
+    if recognizer.name not in ARCHITECTURES:
+        raise InputError(f"{folder}: only recognizers made by faceless.create or faceless.load can be saved")
+    config = {
+        "architecture": recognizer.name,
+        "options": recognizer.options,
+        "embedding_dim": recognizer.embedding_dim,
+        "input": recognizer.spec.asdict(),
+        "record": dict(record or {}),
+        "faceless": __version__,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    state = {key: value.detach().cpu().contiguous() for key, value in recognizer.backbone.state_dict().items()}
+    atomic_write(folder / WEIGHTS, safetensors.torch.save(state, {"faceless": text, "format": "pt"}))
+    atomic_write(folder / CONFIG, text)
+    atomic_write(folder / CARD, card(config, parameters(recognizer.backbone)))
+    return folder
+
+
+def parameters(network: nn.Module) -> int:
+    """How many parameters a network has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def card(config: Mapping[str, Any], count: int) -> str:
+    """The model card of a recognizer, with the hub's YAML header."""
+    record, spec = config["record"], config["input"]
+    synthetic = record.get("real_faces_in_training") is False
+    tags = ["face-recognition", "knowledge-distillation", *(["synthetic-data"] if synthetic else [])]
+    faces = {False: "No real face was used in training.", True: "Real faces were used in training."}.get(
+        record.get("real_faces_in_training"), "Not recorded."
+    )
+    lines = [
+        "---",
+        f"license: {json.dumps(str(record.get('license', 'other')))}",
+        "library_name: faceless",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {config['architecture']}, {config['embedding_dim']} dimensions",
+        "",
+        f"A face recognizer of {count:,} parameters, written by faceless {config['faceless']}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import faceless",
+        "",
+        'recognizer = faceless.load("path/to/this/folder")',
+        "embeddings = recognizer.embed(faces)  # faces [B, 3, H, W] uint8 RGB, aligned; unit-norm [B, D]",
+        "```",
+        "",
+        f"Input: {spec['height']} x {spec['width']} pixels, {spec['channel_order']}, mean {spec['mean']}, std "
+        f"{spec['std']} of 0..{spec['value_range']:g}; aligned as `faceless.align` does with framing "
+        f"`{spec['framing']}`. The recognizer resizes and normalizes by itself.",
+        "",
+        "## Training faces",
+        "",
+        faces,
+        "",
+        "## Limits",
+        "",
+        "A recognizer inherits the errors of its teacher and of its training faces, and they differ between groups of "
+        "people. Measure it on the people and cameras it is meant for, choose the threshold there, and look at every "
+        "group by itself. The licences of the teacher's weights and of the training faces bind those of this model.",
+        "",
+        "## Record",
+        "",
+        "```json",
+        json.dumps(record, indent=2, sort_keys=True).replace("```", "'''"),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
