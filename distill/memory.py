@@ -72,6 +72,11 @@ class EmbeddingMemory(nn.Module):
         """``[len(self), D]``: a copy, so that pushing before the backward pass changes nothing that a loss has read."""
         return self.rows[: len(self)].clone()
 
+    def products(self, x: Tensor) -> Tensor:
+        """``[B, len(self)]``: inner products of ``x [B, D]`` with the valid rows, differentiable in x."""
+        self._check(x)
+        return x @ self.valid().to(x.dtype).T
+
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
         """Store ``rows [n, D]`` of every process over the oldest ones; of more than K the last K stay."""
@@ -105,9 +110,12 @@ class EmbeddingMemory(nn.Module):
             self.rows.copy_(torch.where(taken, rows[last.clamp(min=0)], self.rows))
 
     def _gathered(self, rows: Tensor) -> Tensor:
+        self._check(rows)
+        return gather(rows.detach().to(self.rows))
+
+    def _check(self, rows: Tensor) -> None:
         if rows.ndim != 2 or rows.shape[1] != self.rows.shape[1]:
             raise ValueError(f"this memory holds rows of {self.rows.shape[1]} numbers, got {list(rows.shape)}")
-        return gather(rows.detach().to(self.rows))
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.pointer, self.filled])

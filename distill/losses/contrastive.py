@@ -60,12 +60,11 @@ class QUD(Loss):
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         s, t = (F.normalize(x) for x in same_dim(student, teacher))
-        negatives = self.negatives.valid().to(t.dtype)
+        cosines = self.negatives.products(s)
+        if self.same_person is not None:
+            cosines = cosines.masked_fill(self.negatives.products(t) > self.same_person, -torch.inf)
         if self.training:
             self._remember(t)  # after the negatives were read: a face is never its own negative
-        cosines = s @ negatives.T
-        if self.same_person is not None:
-            cosines = cosines.masked_fill(t @ negatives.T > self.same_person, -torch.inf)
         logits = torch.cat(((s * t).sum(1, keepdim=True), cosines), 1) / self.temperature
         first = torch.zeros(len(s), dtype=torch.int64, device=s.device)
         return mean(F.cross_entropy(logits, first, reduction="none"))

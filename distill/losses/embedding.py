@@ -71,7 +71,7 @@ class Centering(nn.Module):
     @torch.no_grad()
     def update(self, teacher: Tensor) -> None:
         """Let a batch ``[B, D]`` of every process take part in the mean."""
-        sums = torch.cat((teacher.to(self.average).sum(0), self.average.new_tensor([len(teacher)])))
+        sums = torch.cat((teacher.to(self.average).sum(0), self.average.new_full((1,), len(teacher))))
         if processes() > 1:
             dist.all_reduce(sums)
         count = sums[-1]

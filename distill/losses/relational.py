@@ -167,10 +167,10 @@ class SimilarityToMemory(Loss):
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         if self.students is None:
             s, t = (F.normalize(x) for x in same_dim(student, teacher))
-            difference = (s - t) @ self.teachers.valid().to(t.dtype).T
+            difference = self.teachers.products(s - t)
         else:
             s, t = F.normalize(student.embedding), F.normalize(teacher.embedding)
-            difference = s @ self.students.valid().to(s.dtype).T - t @ self.teachers.valid().to(t.dtype).T
+            difference = self.students.products(s) - self.teachers.products(t)
         if self.training:
             self.teachers.push(t)
             if self.students is not None:

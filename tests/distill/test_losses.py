@@ -1,0 +1,151 @@
+"""What every loss must survive, whatever its formula."""
+
+import io
+
+import pytest
+import torch
+from every_loss import ANY_DIM, EVERY, faces, value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.losses.relational import SimilarityToMemory
+
+every = pytest.mark.parametrize("name", EVERY)
+
+
+def after(name: str, dim: int, steps: int = 2):
+    """The loss after some steps, so that its memory is not empty."""
+    loss = EVERY[name](dim)
+    for step in range(steps):
+        value(loss, *faces(5, dim, 100 + step))
+    return loss
+
+
+@every
+def test_gradient_is_the_derivative(name):
+    loss = after(name, 7).double().eval()
+    S, T, labels = faces(6, 7, 0, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: value(loss, x, T, labels), S.requires_grad_())
+
+
+@every
+@settings(deadline=None, max_examples=15)
+@given(batch=st.integers(0, 9), dim=st.integers(2, 9), scale=st.sampled_from([1e-3, 1.0, 1e3]), seed=st.integers(0, 99))
+def test_finite_for_every_shape_and_scale(name, batch, dim, scale, seed):
+    loss = after(name, dim)
+    S, T, labels = faces(batch, dim, seed, scale=scale)
+    result = value(loss, S.requires_grad_(), T, labels)
+    result.backward()
+    assert result.shape == () and result.isfinite() and S.grad.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_zero_vectors_and_duplicates_stay_finite(name, which):
+    loss = after(name, 7)
+    S, T, labels = faces(8, 7, 1)
+    if which != "teacher":
+        S[3], S[5], S[6] = 0, S[2], S[2] * (1 + 1e-7)
+    if which != "student":
+        T[3], T[5] = 0, T[2]
+    result = value(loss, S.requires_grad_(), T, labels)
+    result.backward()
+    assert result.isfinite() and S.grad.isfinite().all()
+    # Bounded too, where zero vectors do not give 1 / 0: two faces that coincide must not blow a step up.
+    rows = [i for i in range(8) if i != 3]
+    assert S.grad[rows].abs().max() < 1e4
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_computed_in_float32(name, dtype):
+    S, T, labels = faces(6, 7, 2)
+    S, T = S.to(dtype), T.to(dtype)
+    expected = value(after(name, 7), S.float(), T.float(), labels)
+    low = S.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = value(after(name, 7), low, T, labels)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected)
+    result.backward()
+    assert low.grad.dtype == dtype and low.grad.isfinite().all()
+
+
+@every
+def test_no_gradient_for_the_teacher_and_inference_tensors_are_welcome(name):
+    S, T, labels = faces(6, 7, 3)
+    with torch.inference_mode():
+        frozen = T.clone()
+    value(after(name, 7), S.clone().requires_grad_(), frozen, labels).backward()
+    T.requires_grad_()
+    value(after(name, 7), S.clone().requires_grad_(), T, labels).backward()
+    assert T.grad is None
+
+
+@every
+def test_resumed_in_the_middle_goes_on_the_same(name):
+    run = EVERY[name](7)
+    batches = [faces(6, 7, step) for step in range(6)]
+    before = [value(run, *batch) for batch in batches[:3]]
+    file = io.BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    resumed = EVERY[name](7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for batch in batches[3:]:
+        assert torch.equal(value(run, *batch), value(resumed, *batch))
+    assert all(x.isfinite() for x in before)
+
+
+@every
+def test_evaluation_changes_nothing(name):
+    loss = after(name, 7).eval()
+    state = {key: item.clone() for key, item in loss.state_dict().items()}
+    value(loss, *faces(6, 7, 4))
+    assert all(torch.equal(item, state[key]) for key, item in loss.state_dict().items())
+
+
+@every
+def test_training_on_it_moves_the_student_to_the_teacher(name):
+    """A linear student learns from new faces at each step; it must relate unseen ones as the teacher does."""
+    random = torch.Generator().manual_seed(0)
+    W, M = torch.randn(6, 6, generator=random), torch.randn(6, 6, generator=random)
+    W.requires_grad_()
+    unseen = torch.randn(64, 6, generator=random)
+    loss, optimizer = EVERY[name](6), torch.optim.Adam([W], 0.03)
+
+    def distance() -> float:
+        s, t = (torch.nn.functional.normalize(unseen @ net.detach()) for net in (W, M))
+        return (s @ s.T - t @ t.T).square().mean().item()
+
+    first = distance()
+    for _ in range(300):
+        x = torch.randn(16, 6, generator=random)
+        optimizer.zero_grad()
+        value(loss, x @ W, x @ M, torch.zeros(16, dtype=torch.int64)).backward()
+        optimizer.step()
+    assert distance() < 0.3 * first
+
+
+@every
+@pytest.mark.parametrize(("student", "teacher"), [((4, 7), (5, 7)), ((7,), (7,)), ((2, 4, 7), (2, 4, 7))])
+def test_refuses_shapes_that_do_not_fit(name, student, teacher):
+    with pytest.raises(ValueError, match=r"\[B, D\]"):
+        value(EVERY[name](7), torch.zeros(student), torch.zeros(teacher))
+
+
+@every
+def test_another_student_dimension(name):
+    S, T, labels = faces(6, 7, 6)
+    if name in ANY_DIM:
+        assert value(EVERY[name](7), S[:, :5], T, labels).isfinite()
+    else:
+        with pytest.raises(ValueError, match="5"):
+            value(after(name, 7), S[:, :5], T, labels)
+
+
+def test_paired_memory_takes_another_student_dimension():
+    loss = SimilarityToMemory(embedding_dim=7, size=8, paired=True, student_dim=5)
+    S, T, _ = faces(6, 7, 6)
+    assert value(loss, S[:, :5], T) == 0
+    assert value(loss, S[:, :5], T) > 0
