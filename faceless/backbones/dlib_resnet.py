@@ -223,7 +223,9 @@ def read_dat(path: str | Path) -> DlibResNet29:
         into.weight.data = (weight.view(into.weight.shape).double() * gamma.view(-1, 1, 1, 1)).float()
         into.bias.data = (bias.double() * gamma + beta).float()  # type: ignore[union-attr]
 
-    net = DlibResNet29()
+    with torch.device("meta"):  # no random weights first: all are in the file
+        net = DlibResNet29()
+    net.to_empty(device="cpu")
     convolution(net.stem, versions[-1])
     parameterless("relu_")
     parameterless("max_pool_2", ints=6)

@@ -1,0 +1,53 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from faceless.errors import InputError
+from faceless.files import atomic_path, atomic_write, sha256
+
+
+def test_sha256_of_more_than_one_piece(tmp_path):
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "f").write_bytes(data)
+    assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_atomic_write_makes_folders_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "a" / "b" / "c.txt"
+    atomic_write(target, "one")
+    atomic_write(target, "zwei ü")
+    assert target.read_text("utf-8") == "zwei ü"
+    assert [p.name for p in target.parent.iterdir()] == ["c.txt"]
+
+
+def test_a_failing_block_leaves_the_old_content_and_no_temporary_file(tmp_path):
+    target = tmp_path / "f.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.bin"]
+
+
+def test_temporary_name_keeps_the_suffix_in_the_same_folder(tmp_path):
+    with atomic_path(tmp_path / "x.npz") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".npz"
+        temporary.write_bytes(b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_is_one_line_that_names_the_file(tmp_path):
+    target = tmp_path / "weights.bin"
+    with pytest.raises(InputError, match=r"weights\.bin: no space left") as caught, atomic_path(target):
+        Path("/dev/full").write_bytes(b"x" * 100_000)
+    assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(OSError, match="taken"):
+        atomic_write(tmp_path / "taken" / "f", b"")
