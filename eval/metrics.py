@@ -450,5 +450,5 @@ def caution(errors: int, trials: int) -> str | None:
     if errors == 0:
         return f"no error in {trials}: the rate is below {3 / trials:.2g} at 95 % (rule of 3)"
     if errors < RULE_OF_30:
-        return f"only {errors} errors: fewer than 30 fix no rate to +-30 % (rule of 30)"
+        return f"only {errors} error{'s' * (errors > 1)}: fewer than 30 fix no rate to +-30 % (rule of 30)"
     return None

@@ -1,0 +1,222 @@
+"""What a recognizer costs: parameters, operations, bytes, milliseconds.
+
+Conventions, since every paper has its own: a multiply-accumulate (MAC) is one multiplication with its addition, an
+operation (FLOP) is half of it; convolutions and matrix products are counted, while biases, normalization, activations,
+pooling and resizing are not. A megabyte is 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from faceless.errors import InputError
+from faceless.recognizer import Recognizer
+
+CONVENTION = "1 MAC = 1 multiplication + 1 addition = 2 FLOPs; convolutions and matrix products without their biases"
+#: Bytes of one weight. int8 is without scales and zero points.
+PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+def parameters(module: nn.Module) -> int:
+    """Learned numbers; one that is used in several places counts once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def trainable(module: nn.Module) -> int:
+    """Learned numbers that are not frozen."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _saved_buffers(module: nn.Module) -> list[Tensor]:
+    learned = {id(p) for p in module.parameters()}
+    unique = {id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return [tensor for key, tensor in unique.items() if key not in learned]
+
+
+def buffers(module: nn.Module) -> int:
+    """Numbers that are saved but not learned, such as the statistics of batch normalization."""
+    return sum(b.numel() for b in _saved_buffers(module))
+
+
+def megabytes(module: nn.Module, precision: str = "fp32") -> float:
+    """Size of parameters and saved buffers in 10^6 bytes; whole numbers among the buffers keep their type."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+    size = PRECISIONS[precision]
+    saved = _saved_buffers(module)
+    return (
+        parameters(module) * size
+        + sum(b.numel() * (size if b.is_floating_point() else b.element_size()) for b in saved)
+    ) / 1e6
+
+
+def macs(module: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward pass, half of what PyTorch's ``FlopCounterMode`` counts.
+
+    >>> macs(nn.Conv2d(1, 3, 3), torch.zeros(1, 1, 5, 5))  # 3 filters x 9 places x 9 weights
+    243
+    """
+    training = module.training
+    module.eval()
+    try:
+        # no_grad, not inference_mode: the counter only sees operations that are dispatched one by one.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*inputs)
+    finally:
+        module.train(training)
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median and the 5th and 95th percentile, each a time that was really measured (nearest rank)."""
+    ordered = sorted(milliseconds)
+    rank = {"median": 0.5, "p5": 0.05, "p95": 0.95}
+    return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in rank.items()}
+
+
+def latency(recognizer: Recognizer, batch: int = 1, runs: int = 50, warmup: int = 10) -> dict[str, float]:
+    """Milliseconds of a forward pass, normalization of pixels included: median, p5, p95 of ``runs``.
+
+    float32, eval mode, inference mode, on the recognizer's device, which is waited for when it is a GPU.
+    """
+    device, spec = recognizer.scale.device, recognizer.spec
+    images = torch.full((batch, 3, spec.height, spec.width), 128, dtype=torch.uint8, device=device)
+    training = recognizer.training
+    recognizer.eval()
+    times = []
+    try:
+        with torch.inference_mode():
+            for run in range(warmup + runs):
+                _wait(device)
+                start = time.perf_counter()
+                recognizer(images)
+                _wait(device)
+                if run >= warmup:
+                    times.append(1e3 * (time.perf_counter() - start))
+    finally:
+        recognizer.train(training)
+    return quantiles(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _highest_resident() -> int:
+    """Most memory that this process has held so far, in bytes."""
+    # On Linux ru_maxrss also knows the parent process from before exec, which is larger than all that is measured here.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+def _measure_peak(pipe: Connection, pickled: bytes, batch: int) -> None:
+    before = _highest_resident()
+    recognizer: Recognizer = pickle.loads(pickled)  # of our own making, from the parent process
+    with torch.inference_mode():
+        recognizer(torch.zeros(batch, 3, recognizer.spec.height, recognizer.spec.width, dtype=torch.uint8))
+    pipe.send(_highest_resident() - before)
+
+
+def peak_megabytes(recognizer: Recognizer, batch: int = 1) -> float:
+    """Memory that weights and one forward pass need at most, in 10^6 bytes.
+
+    On a GPU what PyTorch allocates there. On a CPU the growth of a fresh process, without the imports (which takes a
+    few seconds).
+    """
+    recognizer = copy.deepcopy(recognizer).eval()
+    device, spec = recognizer.scale.device, recognizer.spec
+    if device.type == "cuda":
+        before = sum(t.numel() * t.element_size() for t in [*recognizer.parameters(), *recognizer.buffers()])
+        images = torch.zeros(batch, 3, spec.height, spec.width, dtype=torch.uint8, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        resting = torch.cuda.memory_allocated(device)
+        with torch.inference_mode():
+            recognizer(images)
+        _wait(device)
+        return (torch.cuda.max_memory_allocated(device) - resting + before) / 1e6
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(sending, pickle.dumps(recognizer), batch))
+    process.start()
+    sending.close()
+    try:
+        return int(receiving.recv()) / 1e6
+    except EOFError as error:
+        raise InputError(f"measuring the memory of a batch of {batch} failed; there may not be enough of it") from error
+    finally:
+        process.join()
+
+
+def measure(
+    recognizer: Recognizer,
+    batches: Sequence[int] = (1, 32),
+    runs: int = 50,
+    warmup: int = 10,
+    threads: int | None = None,
+    memory: bool = False,
+) -> dict[str, Any]:
+    """All costs of a recognizer, ready for JSON.
+
+    Args:
+        batches: batch sizes of the latency; larger than one is run a fifth as often.
+        runs, warmup: of the latency at batch size 1.
+        threads: of the CPU; as many as PyTorch uses when None.
+        memory: also measure the peak memory, see `peak_megabytes`.
+    """
+    spec, device = recognizer.spec, recognizer.scale.device
+    face = torch.zeros(1, 3, spec.height, spec.width, dtype=torch.uint8, device=device)
+    operations = macs(recognizer, face)
+    with _threads(threads) as count:
+        times = {
+            f"batch{batch}": latency(
+                recognizer, batch, *((runs, warmup) if batch == 1 else (-(-runs // 5), -(-warmup // 5)))
+            )
+            for batch in batches
+        }
+    result: dict[str, Any] = {
+        "parameters": parameters(recognizer),
+        "trainable": trainable(recognizer),
+        "buffers": buffers(recognizer),
+        "macs": operations,
+        "flops": 2 * operations,
+        "convention": CONVENTION,
+        "input": [spec.height, spec.width],
+        "megabytes": {precision: megabytes(recognizer, precision) for precision in PRECISIONS},
+        "latency_ms": times,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": count,
+    }
+    if memory:
+        result["peak_megabytes"] = {f"batch{batch}": peak_megabytes(recognizer, batch) for batch in batches}
+    return result

@@ -1,0 +1,286 @@
+"""How well a recognizer tells real people apart: every face of a benchmark against every other.
+
+python eval/verify.py --model dlib-resnet29 --benchmark att-faces --people 21-40 --json teacher.json
+python eval/verify.py --model runs/quickstart/student dlib-resnet29 --benchmark my/people --align true --figures plots
+"""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+import faceless
+from eval import benchmarks, metrics
+from eval.benchmarks import Benchmark
+from faceless.errors import InputError, command
+from faceless.files import atomic_write
+from faceless.recognizer import Recognizer
+
+#: False accept rates that are reported, as their keys in JSON read.
+FARS = {"1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4}
+#: Sizes that the framings were published with. Crops are not made smaller than that: recognizers resize on their own.
+NATIVE_SIZE = {"dlib": 150, "arcface": 112}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Scores of all pairs of a benchmark's faces, and the figures of them.
+
+    Attributes:
+        model: what the figures are reported under.
+        benchmark: name of the benchmark.
+        genuine, impostor: ``[G]`` and ``[I]`` float32 cosines, pairs i < j row by row.
+        genuine_people, impostor_people: ``[G]`` and ``[I, 2]`` whose pairs they are.
+        ranks: ``[N]`` rank of each face's best mate among all other faces; 0 for a person's only face.
+        people, images: how many there are.
+        points: TAR@FAR by the keys of ``FARS``.
+        intervals: 95 % intervals by the figures' keys; empty without bootstrap.
+        record: flip, framing, alignment, bootstrap settings.
+    """
+
+    model: str
+    benchmark: str
+    genuine: np.ndarray
+    impostor: np.ndarray
+    genuine_people: np.ndarray
+    impostor_people: np.ndarray
+    ranks: np.ndarray
+    people: int
+    images: int
+    eer: float
+    auc: float
+    rank1: float
+    points: dict[str, metrics.OperatingPoint]
+    intervals: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the scores, ready for JSON; rates lie in 0..1."""
+        return {
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "genuine": len(self.genuine),
+            "impostor": len(self.impostor),
+            "eer": self.eer,
+            "tar_at_far": {key: point.tar for key, point in self.points.items()},
+            "rank1": self.rank1,
+            "intervals": self.intervals,
+            "auc": self.auc,
+            "people": self.people,
+            "images": self.images,
+            "thresholds": {key: point.threshold for key, point in self.points.items()},
+            "realized_fmr": {key: point.fmr for key, point in self.points.items()},
+            "allowed_false_matches": {key: point.allowed for key, point in self.points.items()},
+            "cautions": self.cautions(),
+            **self.record,
+        }
+
+    def cautions(self) -> list[str]:
+        """Where so few errors were counted that a figure says little."""
+        found = []
+        for key, point in self.points.items():
+            for kind, errors, trials in (
+                ("FMR", point.false_matches, len(self.impostor)),
+                ("FNMR", point.false_non_matches, len(self.genuine)),
+            ):
+                note = metrics.caution(errors, trials)
+                if note:
+                    found.append(f"{kind} at FAR={key}: {note}")
+        return found
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Scores, and whose they are, in compact types for an ``.npz``."""
+        return {
+            "genuine": self.genuine,
+            "impostor": self.impostor,
+            "genuine_people": self.genuine_people.astype(np.uint16),
+            "impostor_people": self.impostor_people.astype(np.uint16),
+        }
+
+
+def benchmark_for(recognizer: Recognizer, source: str | Path, align: bool = False) -> Benchmark:
+    """A benchmark cropped as the recognizer was trained to see faces; see `eval.benchmarks.load`."""
+    spec = recognizer.spec
+    size = max(NATIVE_SIZE[spec.framing], spec.height, spec.width)
+    return benchmarks.load(source, framing=spec.framing, size=size, align=align)
+
+
+def verify(
+    recognizer: Recognizer,
+    benchmark: Benchmark,
+    flip: bool = False,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    model: str | None = None,
+) -> Verification:
+    """Compare every face with every other by the cosine of their embeddings.
+
+    Args:
+        flip: add the embedding of the mirrored face before normalizing.
+        bootstrap: replicates of the intervals, which resample people; 0 for none.
+        seed: of the bootstrap.
+        model: name in the report; the recognizer's source or architecture when None.
+
+    Raises:
+        InputError: embeddings are NaN, or the benchmark has no genuine or no impostor pair.
+    """
+    model = model or str(recognizer.source.get("source") or recognizer.name or type(recognizer.backbone).__name__)
+    if not benchmark.genuine_pairs or not benchmark.impostor_pairs:
+        raise InputError(f"{benchmark.name}: needs two people or more, and two faces of at least one of them")
+    embeddings = recognizer.embed(benchmark.images, flip=flip).double().numpy()
+    broken = int((~np.isfinite(embeddings).all(1)).sum())
+    if broken:
+        raise InputError(f"{model}: embeddings of {broken} of {len(benchmark)} faces are NaN or infinite")
+
+    # In double precision and rounded once, so that a score depends neither on the BLAS nor on the number of threads.
+    similarity = (embeddings @ embeddings.T).astype(np.float32)
+    identities = benchmark.identities.numpy().astype(np.int32)
+    first, second = np.triu_indices(len(benchmark), 1)
+    scores, couples = similarity[first, second], np.stack([identities[first], identities[second]], 1)
+    same = couples[:, 0] == couples[:, 1]
+    genuine, impostor = scores[same], scores[~same]
+    ranks = metrics.mate_ranks(similarity, identities)
+    hits, probes = ranks[ranks > 0] == 1, identities[ranks > 0]
+
+    intervals: dict[str, Any] = {}
+    if bootstrap:
+        weights = metrics.resamples(len(benchmark.names), bootstrap, seed)
+        again = metrics.bootstrap(genuine, impostor, couples[same, 0], couples[~same], weights, tuple(FARS.values()))
+        intervals = {
+            "eer": list(metrics.interval(again.eer)),
+            "tar_at_far": {key: list(metrics.interval(again.tar[:, i])) for i, key in enumerate(FARS)},
+            "rank1": list(metrics.interval(metrics.bootstrap_share(hits, probes, weights))),
+            "auc": list(metrics.interval(again.auc)),
+        }
+    return Verification(
+        model=model,
+        benchmark=benchmark.name,
+        genuine=genuine,
+        impostor=impostor,
+        genuine_people=couples[same, 0],
+        impostor_people=couples[~same],
+        ranks=ranks,
+        people=len(benchmark.names),
+        images=len(benchmark),
+        eer=metrics.eer(genuine, impostor),
+        auc=metrics.auc(genuine, impostor),
+        rank1=float(hits.mean()),
+        points={key: metrics.tar_at_far(genuine, impostor, far) for key, far in FARS.items()},
+        intervals=intervals,
+        record={
+            "flip": flip,
+            "framing": benchmark.record.get("framing"),
+            "alignment": benchmark.record.get("alignment"),
+            "bootstrap": {"replicates": bootstrap, "seed": seed, "level": 0.95, "resamples": "people"},
+        },
+    )
+
+
+def table(results: Sequence[Verification]) -> str:
+    """The figures of several models on one benchmark as plain text, in percent with their 95 % intervals."""
+
+    def percent(value: float, bounds: Sequence[float] | None) -> str:
+        text = f"{100 * value:.2f}"
+        return text if bounds is None else f"{text} [{100 * bounds[0]:.2f}, {100 * bounds[1]:.2f}]"
+
+    rows = [("percent [95 % interval]", "ISO/IEC 19795-1", *(result.model for result in results))]
+    rows.append(("EER", "FMR = FNMR", *(percent(r.eer, r.intervals.get("eer")) for r in results)))
+    for key in FARS:
+        bounds = [r.intervals.get("tar_at_far", {}).get(key) for r in results]
+        tars = (percent(r.points[key].tar, b) for r, b in zip(results, bounds, strict=True))
+        rows.append((f"TAR@FAR={key}", f"1 - FNMR@FMR={key}", *tars))
+    for key in FARS:
+        rows.append((f"FNMR@FMR={key}", "realized FMR", *(_realized(r.points[key]) for r in results)))
+    rows.append(("rank-1", "closed set", *(percent(r.rank1, r.intervals.get("rank1")) for r in results)))
+    rows.append(("AUC", "", *(percent(r.auc, r.intervals.get("auc")) for r in results)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    first = results[0]
+    head = (
+        f"{first.benchmark}: {first.images} faces of {first.people} people, {len(first.genuine):,} genuine and "
+        f"{len(first.impostor):,} impostor pairs"
+    )
+    notes = ["* fewer than 30 errors on one of the two sides: the rate is not known to within 30 % (rule of 30)"]
+    if not any("*" in cell for row in rows for cell in row):
+        notes = []
+    return "\n".join([head, "", lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
+
+
+def _realized(point: metrics.OperatingPoint) -> str:
+    mark = "*" if min(point.false_matches, point.false_non_matches) < metrics.RULE_OF_30 else ""
+    return f"{100 * point.fnmr:.2f} at {100 * point.fmr:.4f} (k = {point.allowed}){mark}"
+
+
+def chosen_device(device: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(
+        prog="eval/verify.py", description="Verify recognizers on real faces.", exit_on_error=False
+    )
+    options.add_argument(
+        "--model", nargs="+", required=True, metavar="SOURCE", help="names, folders or files that faceless.load reads"
+    )
+    options.add_argument(
+        "--benchmark", default="att-faces", help="att-faces, or a folder with a sub-folder of images for each person"
+    )
+    options.add_argument(
+        "--json", type=str | None, help="write the figures here: an object, or a list for several models"
+    )
+    options.add_argument("--people", type=str | None, help="FIRST-LAST, for example 21-40")
+    options.add_argument("--align", type=bool, default=False, help="cut faces out of the folder's photographs")
+    options.add_argument("--flip", type=bool, default=False, help="add the embedding of the mirrored face")
+    options.add_argument("--figures", type=str | None, help="write roc.svg, det.svg and scores.svg into this folder")
+    options.add_argument("--bootstrap", type=int, default=1000, help="replicates for the intervals, 0 for none")
+    options.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    options.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    return options
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        options = parser().parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(str(error)) from error
+    if not 0 <= options.bootstrap <= 1_000_000:
+        raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
+    device = chosen_device(options.device)
+    results = []
+    for source in options.model:
+        recognizer = faceless.load(source).to(device)
+        benchmark = benchmark_for(recognizer, options.benchmark, options.align)
+        if options.people:
+            benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))
+        results.append(verify(recognizer, benchmark, options.flip, options.bootstrap, options.seed, source))
+    print(table(results))
+    if options.json:
+        summaries = [result.summary() | {"subset": options.people or "all"} for result in results]
+        atomic_write(
+            options.json, json_format.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=2) + "\n"
+        )
+    if options.figures:
+        from eval import figures  # matplotlib takes a second to import
+
+        folder = Path(options.figures)
+        named = {result.model: figures.Scores(**result.arrays()) for result in results}
+        atomic_write(folder / "roc.svg", figures.roc(named, options.bootstrap))
+        atomic_write(folder / "det.svg", figures.det(named, options.bootstrap))
+        atomic_write(folder / "scores.svg", figures.score_histograms(named))
+
+
+if __name__ == "__main__":
+    main()
