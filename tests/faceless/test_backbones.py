@@ -1,0 +1,174 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import faceless
+from faceless.backbones import ARCHITECTURES
+from faceless.backbones.iresnet import IResNet
+from faceless.backbones.mobilefacenet import MobileFaceNet
+from faceless.backbones.slimresnet import SlimResNet
+from faceless.errors import InputError
+from faceless.randomness import Rng
+
+# Small enough for every test; each architecture once.
+SMALL = {
+    "iresnet18": {"embedding_dim": 16, "input_size": 32},
+    "mobilefacenet": {"embedding_dim": 16, "input_size": 64, "width": 0.25},
+    "slimresnet": {"embedding_dim": 16, "input_size": 48, "widths": (8, 16), "depths": (1, 2)},
+}
+
+
+def faces(count, size=64):
+    return Rng.of(0, "faces", range(count)).integers(256, 3, size, size).byte()
+
+
+def counts(net, size):
+    """Parameters and MACs; the counter sees convolutions and matrix products, two operations per MAC."""
+    with torch.device("meta"):
+        pixels = torch.zeros(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        net.eval()(pixels)
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters", "macs"),
+    # Counted on the classes of deepinsight/insightface, fdbtrs/AdaDistill, jankolf/QUD and fdbtrs/QuantFace.
+    [
+        (lambda: IResNet(18), 24_025_600, 2_609_954_816),
+        (lambda: IResNet(34), 34_139_328, 4_459_642_880),
+        (lambda: IResNet(50), 43_590_848, 6_309_330_944),
+        (lambda: IResNet(100), 65_156_160, 12_089_606_144),
+        (lambda: MobileFaceNet(embedding_dim=512), 1_199_488, 221_161_984),
+        (lambda: MobileFaceNet(embedding_dim=256), 1_068_416, 221_030_912),
+        (lambda: MobileFaceNet(embedding_dim=128), 1_002_880, 220_965_376),
+        (lambda: MobileFaceNet(embedding_dim=128, affine=True), 1_003_136, 220_965_376),
+        # Ours; by hand in docs/backbones.md.
+        (lambda: SlimResNet(embedding_dim=128), 1_617_376, 379_802_624),
+    ],
+)
+def test_parameters_and_macs(build, parameters, macs):
+    with torch.device("meta"):
+        net = build()
+    assert counts(net, 112) == (parameters, macs)
+
+
+def test_dlib_macs():
+    with torch.device("meta"):
+        net = ARCHITECTURES["dlib-resnet29"].build()
+    assert counts(net, 150)[1] == 270_854_144
+
+
+@pytest.mark.parametrize(("depth", "keys", "norms"), [(18, 187, 31), (34, 331, 55), (50, 475, 79), (100, 925, 154)])
+def test_iresnet_keys(depth, keys, norms):
+    with torch.device("meta"):
+        net = IResNet(depth)
+    assert len(net.state_dict()) == keys
+    assert sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules()) == norms
+    assert not net.features.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [32, 47, 64, 112])
+def test_input_sizes(name, size):
+    net = faceless.create(name, **SMALL[name] | {"input_size": size}).eval()
+    assert net(faces(2, size)).embedding.shape == (2, 16)
+    assert (net.spec.height, net.spec.width) == (size, size)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_autocast_and_training(name):
+    net = faceless.create(name, **SMALL[name])
+    images = faces(6)
+    expected = net.eval()(images).embedding
+    net = net.to(memory_format=torch.channels_last)
+    assert torch.allclose(net(images).embedding, expected, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(images).embedding
+    assert torch.cosine_similarity(half.float(), expected).min() > 0.99
+    net.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(images).embedding.float().square().sum()
+    loss.backward()
+    without = [
+        key for key, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    assert not without
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_do_not_depend_on_their_batch(name):
+    net = faceless.create(name, **SMALL[name])
+    images = faces(5)
+    alone = torch.cat([net.embed(image[None]) for image in images])
+    assert torch.allclose(net.embed(images), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_seed_decides_the_weights_and_global_state_stays(name):
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    a, b, c = (faceless.create(name, seed=seed, **SMALL[name]).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_initialization_as_published():
+    """IResNet: convolutions N(0, 0.1²). MobileFaceNet: He, fan-out, also the linear layer."""
+    deep = faceless.create("iresnet18").backbone
+    assert abs(deep.layer3[1].conv1.weight.std() - 0.1) < 1e-3
+    mobile = faceless.create("mobilefacenet").backbone
+    assert abs(mobile.conv_45.project.conv.weight.std() - (2 / 128) ** 0.5) < 3e-3
+    assert abs(mobile.output_layer.linear.weight.std() - (2 / 512) ** 0.5) < 1e-3
+
+
+def test_slimresnet_starts_with_identity_branches():
+    images = torch.rand(2, 3, 64, 64)
+    net = SlimResNet(embedding_dim=8).eval()
+    block = net.stages[1][1]
+    x = torch.rand(2, 64, 8, 8)
+    assert torch.equal(block(x), x)
+    assert net(images).shape == (2, 8)
+    assert not torch.equal(SlimResNet(embedding_dim=8, zero_init=False).stages[1][1].eval()(x), x)
+
+
+@pytest.mark.parametrize("stem", ["conv7", "conv3", "space2depth"])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "prelu"])
+def test_slimresnet_options(stem, pool, activation):
+    net = SlimResNet(embedding_dim=4, stem=stem, pool=pool, activation=activation, widths=(8, 16), depths=(1, 1))
+    side = 96 // (4 if stem == "space2depth" else 2) // (2 if pool else 1)
+    assert net.stem(torch.rand(1, 3, 96, 96)).shape == (1, 8, side, side)
+    assert net.stages(net.stem(torch.rand(1, 3, 96, 96))).shape == (1, 16, side // 2, side // 2)
+    assert any(isinstance(m, torch.nn.PReLU) for m in net.modules()) == (activation == "prelu")
+
+
+def test_width_multiplies():
+    half = MobileFaceNet(embedding_dim=128, width=0.5, activation="relu")
+    assert half.conv_6_sep.conv.out_channels == 256
+    assert not any(isinstance(m, torch.nn.PReLU) for m in half.modules())
+    assert SlimResNet(embedding_dim=8, width=0.5).fc.in_features == 80
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("iresnet51", {}, "did you mean iresnet50"),
+        ("slimresnet", {"widhts": (8,)}, "no option 'widhts'; did you mean widths"),
+        ("slimresnet", {"widths": (8,), "depths": (1, 1)}, "one of each for every stage"),
+        ("slimresnet", {"widths": 8}, "slimresnet: "),
+        ("slimresnet", {"depths": (10**9,), "widths": (8,)}, "200 in all"),
+        ("slimresnet", {"stem": "conv5"}, "stem is 'conv5'"),
+        ("slimresnet", {"input_size": 8}, "use 32 or more"),
+        ("mobilefacenet", {"width": 0}, "width is 0"),
+        ("mobilefacenet", {"activation": "gelu"}, "activation is 'gelu'"),
+        ("mobilefacenet", {"embedding_dim": 0}, "embedding_dim is 0"),
+        ("mobilefacenet", {"embedding_dim": "128"}, "embedding_dim is '128'"),
+        ("mobilefacenet", {"framing": "ffhq"}, "framing is 'ffhq'"),
+        ("dlib-resnet29", {"embedding_dim": 64}, "it has 128 and 150"),
+    ],
+)
+def test_wrong_options_are_one_line(name, options, message):
+    with pytest.raises(InputError, match=message):
+        faceless.create(name, **options)
