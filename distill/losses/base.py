@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.gather import processes
 from faceless.recognizer import Output
 
 
@@ -23,11 +25,13 @@ class Loss(nn.Module, ABC):
     process.
 
     Attributes:
-        needs_labels: whether ``labels`` must be given.
+        needs_labels: whether ``labels`` must be given; a label of -1 marks a face without one, which does not count.
+        needs_logits: whether both outputs must carry logits over the same classes.
         needs_features: whether the outputs must carry feature maps.
     """
 
     needs_labels: bool = False
+    needs_logits: bool = False
     needs_features: bool = False
 
     def forward(self, student: Output, teacher: Output, labels: Tensor | None = None) -> Tensor:
@@ -48,17 +52,28 @@ class Loss(nn.Module, ABC):
                 raise ValueError(f"{type(self).__name__} needs labels and this batch has none")
             if labels.shape != S.shape[:1]:
                 raise ValueError(f"labels are [{len(S)}] for this batch, got {list(labels.shape)}")
-        # A teacher run under inference_mode gives tensors that autograd refuses to save; a clone is an ordinary one.
-        T = T.clone() if T.is_inference() else T.detach()
+        if self.needs_logits and (student.logits is None or teacher.logits is None):
+            raise ValueError(f"{type(self).__name__} needs logits of student and teacher")
         dtype = torch.promote_types(torch.promote_types(S.dtype, T.dtype), torch.float32)
         with torch.autocast(S.device.type, enabled=False):
-            return self.compute(
-                replace(student, embedding=S.to(dtype)), replace(teacher, embedding=T.to(dtype)), labels
-            )
+            return self.compute(_precise(student, dtype), _precise(teacher, dtype, constant=True), labels)
 
     @abstractmethod
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         """The formula of the class, on embeddings made ready by `forward`."""
+
+
+def _precise(output: Output, dtype: torch.dtype, constant: bool = False) -> Output:
+    """Embedding and logits in ``dtype``, without gradient where they are a constant."""
+
+    def convert(x: Tensor) -> Tensor:
+        if constant:
+            # Autograd refuses to save what a teacher under inference_mode gives; a clone is an ordinary tensor.
+            x = x.clone() if x.is_inference() else x.detach()
+        return x.to(dtype)
+
+    logits = None if output.logits is None else convert(output.logits)
+    return replace(output, embedding=convert(output.embedding), logits=logits)
 
 
 def same_dim(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
@@ -72,6 +87,18 @@ def same_dim(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
 def mean(values: Tensor) -> Tensor:
     """Mean of all values; 0, still connected to the graph, when there are none."""
     return values.sum() / max(values.numel(), 1)
+
+
+def labeled_mean(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of ``values [B]`` over the faces that have a label; 0, still connected to the graph, when there are none.
+
+    Processes may have different numbers of labeled faces: the average of what they return is the mean over all.
+    """
+    known = labels >= 0
+    count = known.sum()
+    if processes() > 1:
+        dist.all_reduce(count)
+    return torch.where(known, values, 0).sum() * processes() / count.clamp(min=1)
 
 
 def positive(**named: float) -> float:

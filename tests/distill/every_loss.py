@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill.losses import contrastive, embedding, relational
+from distill.losses import adaptive_centers, contrastive, embedding, logits, margin, relational, unified
 from distill.losses.base import Loss
 from faceless.recognizer import Output
 
@@ -31,7 +31,36 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "similarity-preserving": lambda d: relational.SimilarityPreserving(),
     "darkrank": lambda d: relational.DarkRank(),
     "pkt": lambda d: relational.PKT(),
+    "crd": lambda d: contrastive.CRD(embedding_dim=d, feature_dim=8, size=12),
+    "iled": lambda d: unified.ILED(),
+    "iled-unweighted": lambda d: unified.ILED(weighted=False),
+    "rpsd": lambda d: unified.RPSD(embedding_dim=d, size=12),
+    "unified": lambda d: unified.UnifiedKD(embedding_dim=d, size=12),
+    "unified-labels": lambda d: unified.UnifiedKD(embedding_dim=d, size=12, classes=6),
+    "arcface": lambda d: margin.ArcFace(embedding_dim=d, classes=6),
+    "arcface-exact": lambda d: margin.ArcFace(embedding_dim=d, classes=6, gradient="exact"),
+    "arcface-sampled": lambda d: margin.ArcFace(embedding_dim=d, classes=6, negatives=2),
+    "cosface": lambda d: margin.CosFace(embedding_dim=d, classes=6),
+    "sphereface2": lambda d: margin.SphereFace2(embedding_dim=d, classes=6),
+    "sphereface2-exact": lambda d: margin.SphereFace2(embedding_dim=d, classes=6, gradient="exact"),
+    "arcdistill": lambda d: frozen_centers(d, "arc"),
+    "cosdistill": lambda d: frozen_centers(d, "cos"),
+    "adadistill": lambda d: adaptive_centers.AdaDistill(embedding_dim=d, classes=6),
+    "adadistill-cos-alpha": lambda d: adaptive_centers.AdaDistill(
+        embedding_dim=d, classes=6, kind="cos", weighted=False, renormalize=True
+    ),
+    "kd": lambda d: logits.LogitKD(),
+    "dkd": lambda d: logits.DKD(),
+    "nkd": lambda d: logits.NKD(temperature=2.0),
+    "cross-entropy": lambda d: logits.CrossEntropy(),
 }
+
+
+def frozen_centers(dim: int, kind: str) -> Loss:
+    loss = adaptive_centers.FrozenCenters(embedding_dim=dim, classes=6, kind=kind)
+    loss.prime(torch.randn(6, dim, generator=torch.Generator().manual_seed(3)))
+    return loss
+
 
 # Losses of pairs or triplets of the batch; the others average over single samples.
 OF_PAIRS = {
@@ -44,8 +73,14 @@ OF_PAIRS = {
     "pkt",
 }
 
+# Classification by labels: the teacher's embedding is at most a center.
+HEADS = {name for name in EVERY if name.startswith(("arc", "cosf", "cosd", "sphere", "ada"))} | {"cross-entropy"}
+
+# Their derivative is not that of their value, by definition.
+STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels"}
+
 # Losses that accept a student of another dimension.
-ANY_DIM = OF_PAIRS
+ANY_DIM = OF_PAIRS | {"cross-entropy"}
 
 
 def faces(
@@ -55,9 +90,12 @@ def faces(
     random = torch.Generator().manual_seed(seed)
     teacher = torch.randn(batch, dim, generator=random, dtype=torch.float64)
     student = 0.7 * teacher + torch.randn(batch, dim, generator=random, dtype=torch.float64)
-    labels = torch.randint(0, 5, (batch,), generator=random)
+    labels = torch.randint(0, 6, (batch,), generator=random)
     return (scale * student).to(dtype), (scale * teacher).to(dtype), labels
 
 
 def value(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-    return loss(Output(student), Output(teacher), labels)
+    """The loss of two embeddings, which also serve as logits."""
+    if labels is not None and (loss.needs_logits or isinstance(loss, logits.CrossEntropy)):
+        labels = labels.clamp(max=student.shape[1] - 1)
+    return loss(Output(student, student), Output(teacher, teacher), labels)

@@ -20,6 +20,14 @@ from torch import Tensor
 _ROWS: list[tuple[str, str, str, float, float]] = []
 
 
+@pytest.fixture(autouse=True)
+def double():
+    """Constants that official code makes on the way are then float64 as well, and differences are not theirs."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def official(monkeypatch) -> Callable[..., ModuleType]:
     """``official("owner/name", "path/file.py", stubs)``: that file as a module.
