@@ -1,0 +1,101 @@
+"""Checkpoints of a run: atomic, bounded in number, and never followed when damaged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faceless.errors import InputError
+from faceless.files import atomic_path, atomic_write
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: where they lie, as ``step-00000500.pt``.
+        keep: how many of the latest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step, then forget the oldest; a crash in between loses neither."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        with atomic_path(path) as temporary:
+            torch.save(state | {"step": step}, temporary)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, or None. Only plain tensors and numbers are accepted."""
+        for path in reversed(self.paths()):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if isinstance(state, dict) and isinstance(state.get("step"), int):
+                    return state
+                problem = "not a checkpoint of a run"
+            except Exception as error:  # torch raises many types for a damaged file
+                problem = type(error).__name__
+            print(f"warning: {path} is damaged ({problem}); trying the one before", file=sys.stderr)
+        return None
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object a line. Resuming forgets the lines after the checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the torn last line of a killed run
+                if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
+                    kept.append(line)
+        atomic_write(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+# What may differ between a run and its continuation without changing its result.
+FREE = {"output", "verification", "tensorboard", "keep_checkpoints", "log_every", "threads", "device"}
+
+
+def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue a run under settings that would have given another one.
+
+    Raises:
+        InputError: naming the first key that differs.
+    """
+    import yaml
+
+    if not path.exists():
+        return
+    before = yaml.safe_load(path.read_text()) or {}
+    for key in sorted(set(before) | set(settings)):
+        if key not in FREE and before.get(key) != settings.get(key):
+            raise InputError(
+                f"{path.parent} holds a run with another {key} ({_short(before.get(key))} there, "
+                f"{_short(settings.get(key))} here): choose another output, or delete that folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,155 @@
+"""The end of a run: the student's folder, the record, the verification and the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+import faceless
+from distill.objective import Objective
+from distill.settings import Run
+from distill.teachers import FrozenTeacher
+from eval import benchmarks, efficiency, report
+from eval.benchmarks import Benchmark, parse_people
+from eval.verify import verify
+from faceless import assets
+from faceless.files import atomic_path, atomic_write
+from faceless.recognizer import Output, Recognizer
+
+SHOWN = 2048  # training faces looked at for the report
+
+
+def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
+    """The benchmark of the run, made ready on one process first."""
+    if run.verification.benchmark is None:
+        return None
+    with accelerator.main_process_first():
+        size = max(teacher.spec.height, teacher.spec.width)
+        benchmark = benchmarks.load(run.verification.benchmark, framing=teacher.spec.framing, size=size)
+    people = int(benchmark.identities.max()) + 1
+    for subset in run.verification.people:
+        parse_people(subset, people)
+    return benchmark
+
+
+def finish(
+    run: Run,
+    output: Path,
+    teacher: FrozenTeacher,
+    student: Recognizer,
+    untrained: Recognizer,
+    objective: Objective,
+    benchmark: Benchmark | None,
+) -> None:
+    """Write ``student/``, ``provenance.json``, ``faces.npz``, ``verification.json``, ``scores.npz``, ``report.html``."""
+    provenance = make_record(run, teacher.recognizer, benchmark)
+    atomic_write(output / "provenance.json", json.dumps(provenance, indent=1, default=str) + "\n")
+    student = student.cpu().eval()
+    faceless.save(student, output / "student", {"teacher": teacher_record(teacher.recognizer)} | training_faces(run))
+    save_faces(run, output, teacher, student, objective)
+    if benchmark is not None:
+        models = {"teacher": teacher.recognizer.cpu(), "student": student, "untrained student": untrained.cpu().eval()}
+        verify_all(run, output, models, benchmark)
+    page = report.write(output)
+    print(f"student: {output / 'student'}\nreport:  {page}")
+
+
+def teacher_record(teacher: Recognizer) -> dict[str, Any]:
+    """Which network taught."""
+    return {"name": teacher.name, "embedding_dim": teacher.embedding_dim} | teacher.source
+
+
+def training_faces(run: Run) -> dict[str, Any]:
+    """Whether real faces were trained on, and how many generated ones; goes into the student's own config."""
+    record = run.source.record()
+    return {
+        "real_faces_in_training": run.source.real,
+        "training_faces": {key: record[key] for key in ("kind", "faces", "generator", "licence") if key in record},
+    }
+
+
+def make_record(run: Run, teacher: Recognizer, benchmark: Benchmark | None) -> dict[str, Any]:
+    """Where every training face came from, who taught, and under what licences."""
+    return {
+        "faceless": faceless.__version__,
+        "torch": torch.__version__,
+        "real_faces_in_training": run.source.real,
+        "sources": [run.source.record()],
+        "teacher": teacher_record(teacher),
+        "augment": asdict(run.augment),
+        "benchmark": None if benchmark is None else benchmark.record,
+        "assets": assets.used(),
+    }
+
+
+def save_faces(run: Run, output: Path, teacher: FrozenTeacher, student: Recognizer, objective: Objective) -> None:
+    """A sample of training faces, the hardest disagreements first, for the report."""
+    faces = run.source.sample(SHOWN)
+    device = next(teacher.parameters()).device
+    objective.cpu()
+    disagreement = []
+    for chunk in faces.split(128):
+        with torch.inference_mode():
+            out, seen = student(chunk), teacher.see(chunk.to(device))
+            s, t = objective.comparable(Output(out.embedding), Output(seen.embedding.cpu()))
+            disagreement.append(1 - F.cosine_similarity(s.embedding.float(), t.embedding.float()))
+    scores = torch.cat(disagreement)
+    order = scores.argsort(descending=True, stable=True)
+    # The hardest, and an even sample of the rest to compare them with.
+    keep = torch.cat((order[:32], order[32:][:: max(1, (len(order) - 32) // 32)][:32]))
+    with atomic_path(output / "faces.npz") as path, path.open("wb") as file:
+        np.savez_compressed(file, images=faces[keep].numpy(), disagreement=scores[keep].numpy())
+
+
+def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark: Benchmark) -> None:
+    """Verify each model on all people and on each subset, measure what it costs, and print the table."""
+    chosen = run.verification
+    people = int(benchmark.identities.max()) + 1
+    subsets = {"all": benchmark} | {name: benchmark.subset(parse_people(name, people)) for name in chosen.people}
+    costs = {label: efficiency.measure(model) for label, model in models.items()}
+    results: dict[str, list[dict[str, Any]]] = {}
+    scores: dict[str, np.ndarray] = {}
+    for name, faces in subsets.items():
+        results[name] = []
+        for label, model in models.items():
+            found = verify(model, faces, flip=chosen.flip, bootstrap=chosen.bootstrap, seed=run.seed)
+            results[name].append({"label": label} | found.summary() | {"efficiency": costs[label]})
+            if name == "all":
+                scores[f"{label}/genuine"] = found.genuine.astype(np.float32)
+                scores[f"{label}/impostor"] = found.impostor.astype(np.float32)
+    with atomic_path(output / "scores.npz") as path, path.open("wb") as file:
+        np.savez_compressed(file, **scores)
+    verification = {"benchmark": benchmark.name, "flip": chosen.flip, "subsets": results}
+    atomic_write(output / "verification.json", json.dumps(verification, indent=1) + "\n")
+    show(benchmark.name, results)
+
+
+def show(benchmark: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the figures of all models as a table."""
+    table = Table(title=f"{benchmark}: rates in percent", title_justify="left")
+    for column in ("people", "model", "EER", "TAR@1e-2", "TAR@1e-3", "rank-1", "params", "MACs", "MB", "ms/face"):
+        table.add_column(column, justify="left" if column in ("people", "model") else "right")
+    for subset, rows in results.items():
+        for row in rows:
+            cost = row["efficiency"]
+            rates = [row["eer"], row["tar_at_far"]["1e-2"], row["tar_at_far"]["1e-3"], row["rank1"]]
+            table.add_row(
+                subset,
+                row["label"],
+                *(f"{100 * rate:.2f}" for rate in rates),
+                f"{cost['parameters'] / 1e6:.2f} M",
+                f"{cost['macs'] / 1e6:.0f} M",
+                f"{cost['megabytes']['fp32']:.1f}",
+                f"{cost['latency_ms']['batch1']['median']:.1f}",
+            )
+        table.add_section()
+    Console().print(table)

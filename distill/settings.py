@@ -1,0 +1,168 @@
+"""The typed settings of a run: everything a run depends on, and nothing that it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distill.augment import Augment
+from distill.losses.base import Loss
+from distill.sources import Source
+from faceless.errors import InputError
+
+
+@dataclass
+class Student:
+    """The network to train.
+
+    Args:
+        name: an architecture of `faceless.names`.
+        embedding_dim: D of the student; None takes the teacher's. Another D is projected to the teacher's during
+            training (see `Run.projection`).
+        input_size: side of the student's input in pixels.
+        options: further arguments of `faceless.create`.
+        start: a trained recognizer (anything `faceless.load` takes) to go on from, instead of fresh weights.
+    """
+
+    name: str = "mobilefacenet"
+    embedding_dim: int | None = None
+    input_size: int = 112
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+
+
+@dataclass
+class Term:
+    """One loss and its weight in the sum."""
+
+    loss: Loss
+    weight: float = 1.0
+
+
+@dataclass
+class Optimizer:
+    """How weights move.
+
+    Args:
+        name: ``adamw``, ``adam`` or ``sgd`` (Nesterov).
+        lr: at the end of the warm-up, for the whole batch over all processes.
+        weight_decay: not applied to biases and normalisation weights.
+        momentum: of SGD.
+        betas: of Adam and AdamW.
+        warmup: steps of linear growth from zero.
+        schedule: ``cosine`` down to ``final`` times lr, ``constant``, or ``steps`` (a tenth at each of ``milestones``).
+        milestones: fractions of the run, for ``steps``.
+        clip: largest gradient norm; 0 switches clipping off.
+    """
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 100
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    final: float = 0.01
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9])
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup < 0 or self.clip < 0 or self.weight_decay < 0:
+            raise InputError("optimizer: lr must be positive; warmup, clip and weight_decay cannot be negative")
+
+
+@dataclass
+class Validation:
+    """Faces of the source that are kept out of training, on which student and teacher are compared along the way.
+
+    Args:
+        faces: how many; 0 switches validation off.
+        every: steps between two validations.
+        neighbors: k of the neighborhood agreement.
+    """
+
+    faces: int = 1024
+    every: int = 500
+    neighbors: int = 10
+
+
+@dataclass
+class Verification:
+    """What the finished student, its teacher and an untrained student are verified on.
+
+    Args:
+        benchmark: anything ``eval/verify.py`` takes; None skips verification.
+        flip: add the embedding of the mirrored face.
+        bootstrap: replicates for the intervals.
+        people: subsets to report besides all people, such as ``21-40``.
+    """
+
+    benchmark: str | None = "att-faces"
+    flip: bool = False
+    bootstrap: int = 1000
+    people: list[str] = field(default_factory=lambda: ["21-40"])
+
+
+@dataclass
+class Run:
+    """A distillation run.
+
+    Args:
+        teacher: anything `faceless.load` takes.
+        source: where the faces of a step come from.
+        losses: named terms of the objective.
+        output: folder of the run; an existing one of the same settings is resumed.
+        student: the network to train.
+        augment: what is done to the faces that teacher and student see.
+        teacher_cache: folder to keep the teacher's embeddings of all views of a fixed set of faces in, so that it runs
+            once per view instead of once per step; None asks it at every step. Needs the source's ``views``.
+        center: subtract the teacher's mean embedding from its embeddings before any loss.
+        projection: how a student of another D meets the teacher: ``linear`` (trained along, dropped at the end), or
+            ``none`` (an error).
+        optimizer: how weights move.
+        steps, batch_size: length of the run, and faces per step over all processes.
+        ema: decay of the running average of the student that is saved and verified; 0 saves the last weights.
+        seed: of everything random.
+        precision: ``auto`` takes bf16 where the device computes it natively, else fp32.
+        device: ``auto`` takes a GPU when there is one.
+        compile: let torch.compile fuse the student.
+        threads: CPU threads of all processes of this machine together; 0 takes all cores.
+        log_every, checkpoint_every: steps.
+        keep_checkpoints: how many of the latest stay.
+        validation, verification: comparisons along the way and at the end.
+        tensorboard: write TensorBoard events to ``output/tensorboard`` too.
+    """
+
+    teacher: str
+    source: Source
+    losses: dict[str, Term]
+    output: str = "runs/run"
+    student: Student = field(default_factory=Student)
+    augment: Augment = field(default_factory=Augment)
+    teacher_cache: str | None = None
+    center: bool = False
+    projection: Literal["linear", "none"] = "linear"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: int = 10_000
+    batch_size: int = 128
+    ema: float = 0.99
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    threads: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validation: Validation = field(default_factory=Validation)
+    verification: Verification = field(default_factory=Verification)
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}; it must be at least 0 and below 1")
+        if not self.losses:
+            raise InputError("losses is empty; name at least one loss, for example losses.cosine")

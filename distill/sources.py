@@ -1,0 +1,433 @@
+"""Where the faces of a training step come from.
+
+Everything random in a batch depends only on ``(seed, purpose, step, sample index)``. A source knows the process it runs
+in and hands out that process's share of the global batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.gather import gather
+from eval.benchmarks.folder import load_folder
+from faceless import align
+from faceless.errors import InputError
+from faceless.randomness import Rng, permutation
+from faceless.recognizer import Output
+from faceless.settings import recipe
+from mining.resampling import SynthDistillRule
+from synth.corpus import Corpus
+from synth.generators.base import Generator
+
+
+@dataclass
+class Batch:
+    """One process's share of a step's faces, not yet augmented.
+
+    Attributes:
+        images: ``[B, 3, H, W]`` uint8 or float in 0..255, RGB.
+        rng: what the augmentation of these faces is drawn from.
+        labels: ``[B]`` int64, where the source has identities.
+        rows: ``[B]`` int64 row numbers, and ``view`` the number of the augmented view, where faces recur; a teacher's
+            answer to the same row and view is the same.
+    """
+
+    images: Tensor
+    rng: Rng
+    labels: Tensor | None = None
+    rows: Tensor | None = None
+    view: int | None = None
+
+
+@dataclass
+class Place:
+    """Where a source works: which process of how many, on what device, for which run."""
+
+    seed: int = 0
+    batch_size: int = 128
+    rank: int = 0
+    processes: int = 1
+    device: torch.device = torch.device("cpu")
+    held_out: int = 0
+
+    def share(self) -> slice:
+        """This process's samples of a global batch."""
+        if self.batch_size % self.processes:
+            raise InputError(f"batch_size {self.batch_size} cannot be split evenly over {self.processes} processes")
+        size = self.batch_size // self.processes
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+class Source(ABC):
+    """Faces for the steps of a run. Constructed from settings; ready after `prepare`.
+
+    Attributes:
+        labelled: whether batches carry labels.
+        real: whether its faces are of real people.
+    """
+
+    labelled = False
+    real = False
+
+    def write(self) -> None:  # noqa: B027
+        """Make on disk what is not there yet (a corpus); called once on one process, before `prepare`."""
+
+    @abstractmethod
+    def prepare(self, place: Place) -> None:
+        """Open files and move networks, once, in every process."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """This process's faces of a step; the same whenever it is asked."""
+
+    @abstractmethod
+    def held_out(self) -> Tensor:
+        """``[place.held_out, 3, H, W]`` faces that no batch ever contains."""
+
+    @abstractmethod
+    def sample(self, count: int) -> Tensor:
+        """About ``count`` training faces, uint8, for the report."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Where the faces come from, for the provenance of the run."""
+
+    def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:  # noqa: B027
+        """Learn how student and teacher judged a batch, in comparable embeddings."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `feedback` left behind; the same on every process."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise InputError(f"this checkpoint belongs to another source than {type(self).__name__}")
+
+
+class Rows(Source):
+    """A source with a fixed set of faces, shuffled anew in each epoch.
+
+    Args:
+        views: how many augmented views of each face there are; epoch e shows view e modulo ``views``. None draws a new
+            view in every epoch. A teacher cache needs a number.
+        in_memory: keep the decoded faces in memory.
+    """
+
+    def __init__(self, *, views: int | None = None, in_memory: bool = False):
+        if views is not None and views < 1:
+            raise InputError(f"views is {views}; use 1 or more, or null for a new view in every epoch")
+        self.views = views
+        self.in_memory = in_memory
+        self.labels: Tensor | None = None
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._memory: Tensor | None = None
+        self._reader: ThreadPoolExecutor | None = None
+
+    @abstractmethod
+    def total(self) -> int:
+        """Faces, held-out ones included."""
+
+    @abstractmethod
+    def read(self, rows: Tensor) -> Tensor:
+        """``[n, 3, H, W]`` uint8 faces by row number."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes when any face does."""
+
+    @property
+    def size(self) -> int:
+        """Training faces: the rows before the held-out ones."""
+        return self.total() - self.place.held_out
+
+    def prepare(self, place: Place) -> None:
+        self.place = place
+        place.share()
+        if self.size < place.batch_size:
+            raise InputError(
+                f"{self.name()}: {self.total()} faces, of which {place.held_out} are held out, do not fill one batch of "
+                f"{place.batch_size}; add faces, or lower batch_size or validation.faces"
+            )
+        self._reader = ThreadPoolExecutor(1, "faces")
+        if self.in_memory:
+            chunks = torch.arange(self.total()).split(1024)
+            self._memory = torch.cat([self.read(rows) for rows in chunks])
+
+    def name(self) -> str:
+        return type(self).__name__
+
+    def faces(self, rows: Tensor) -> Tensor:
+        return self.read(rows) if self._memory is None else self._memory[rows]
+
+    def position(self, step: int) -> tuple[Tensor, Tensor]:
+        """Rows ``[B]`` and epochs ``[B]`` of this process's samples of a step."""
+        samples = torch.arange(step * self.place.batch_size, (step + 1) * self.place.batch_size)[self.place.share()]
+        epochs = samples // self.size
+        rows = torch.empty_like(samples)
+        for epoch in epochs.unique().tolist():
+            if self._order[0] != epoch:
+                self._order = (epoch, permutation(self.place.seed, "order", self.size, epoch))
+            chosen = epochs == epoch
+            rows[chosen] = self._order[1][samples[chosen] % self.size]
+        return rows, epochs
+
+    def augmentation(self, rows: Tensor, view: int) -> Rng:
+        """What the augmentation of a view of these rows is drawn from."""
+        return Rng.of(self.place.seed, "view", rows, step=view)
+
+    def batch(self, step: int) -> Batch:
+        if self._reader is None:
+            raise RuntimeError("prepare the source first")
+        rows, epochs = self.position(step)
+        ahead = self._ahead
+        images = ahead[1].result() if ahead is not None and ahead[0] == step else self.faces(rows)
+        # The next batch is read while this one is computed with.
+        self._ahead = (step + 1, self._reader.submit(self.faces, self.position(step + 1)[0]))
+        # A batch across the end of an epoch belongs to the view that it begins in: one view per batch.
+        epoch = int(epochs[0])
+        view = epoch if self.views is None else epoch % self.views
+        labels = None if self.labels is None else self.labels[rows]
+        return Batch(images, self.augmentation(rows, view), labels, rows, view)
+
+    def held_out(self) -> Tensor:
+        return self.faces(torch.arange(self.size, self.total()))
+
+    def sample(self, count: int) -> Tensor:
+        return self.faces(torch.linspace(0, self.size - 1, min(count, self.size)).long())
+
+
+class CorpusSource(Rows):
+    """A corpus of generated faces, written first if it is not there yet.
+
+    Args:
+        path: folder of the corpus.
+        recipe: settings for ``synth/generate.py`` to write it with when it is missing or unfinished; None makes a
+            missing corpus an error.
+        faces: use only the first so many; None uses all.
+        views, in_memory: see `Rows`.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        recipe: str | None = None,
+        faces: int | None = None,
+        views: int | None = None,
+        in_memory: bool = False,
+    ):
+        super().__init__(views=views, in_memory=in_memory)
+        self.path, self.recipe, self.limit = path, recipe, faces
+
+    def name(self) -> str:
+        return str(self.path)
+
+    def write(self) -> None:
+        if self.recipe is None:
+            return
+        from synth.generate import generate, read_settings
+
+        settings = read_settings(["--config", str(recipe(self.recipe)), "--output", self.path])
+        generate(settings)
+
+    def prepare(self, place: Place) -> None:
+        self.corpus = Corpus(self.path)
+        self.real = bool(self.corpus.manifest.get("real_faces", True))
+        if "identity" in self.corpus.columns:
+            self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)
+            self.labelled = True
+        super().prepare(place)
+
+    def total(self) -> int:
+        return len(self.corpus) if self.limit is None else min(self.limit, len(self.corpus))
+
+    def read(self, rows: Tensor) -> Tensor:
+        return self.corpus.images(rows)
+
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "corpus", "path": str(self.path), "faces": self.size, "manifest": self.corpus.manifest}
+
+
+class FolderSource(Rows):
+    """Real faces: a folder with one sub-folder per identity. A run that uses it says so loudly.
+
+    Args:
+        path: the folder.
+        framing, size: how and to what side faces are aligned (see `faceless.align`).
+        aligned: whether the images are crops of that framing already.
+        views, in_memory: see `Rows`.
+    """
+
+    labelled = True
+    real = True
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        framing: str = "dlib",
+        size: int = 112,
+        aligned: bool = False,
+        views: int | None = None,
+    ):
+        super().__init__(views=views, in_memory=True)
+        self.path, self.framing, self.side, self.aligned = path, framing, size, aligned
+
+    def name(self) -> str:
+        return str(self.path)
+
+    def prepare(self, place: Place) -> None:
+        self.benchmark = load_folder(Path(self.path), framing=self.framing, size=self.side, aligned=self.aligned)
+        self.labels = self.benchmark.identities
+        super().prepare(place)
+
+    def total(self) -> int:
+        return len(self.benchmark.images)
+
+    def read(self, rows: Tensor) -> Tensor:
+        return self.benchmark.images[rows]
+
+    def fingerprint(self) -> str:
+        import hashlib
+
+        return hashlib.sha256(self.benchmark.images.numpy().tobytes()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "folder", "path": str(self.path), "faces": self.size, "real_faces": True}
+
+
+class OnlineSource(Source):
+    """Faces drawn from a generator at every step, if wished with SynthDistill's dynamic resampling.
+
+    With a rule, even steps draw fresh latents and odd steps perturb those of the step before, each by what the rule
+    makes of the student-teacher cosine it had (SynthDistill, algorithm 1). Only the perturbation scales are kept.
+
+    Args:
+        generator: what makes the faces.
+        resampling: the rule, or None for fresh draws only.
+        landmarks: cut each face to the framing of the teacher by its landmarks (dlib; on the CPU). A latent whose face
+            shows none is drawn again, at most ``tries`` times, and then kept as it is.
+        framing, size: of those crops.
+        detect_size: side to which faces are enlarged for the detector.
+        tries: see ``landmarks``.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        resampling: SynthDistillRule | None = None,
+        landmarks: bool = False,
+        framing: str = "dlib",
+        size: int = 96,
+        detect_size: int = 112,
+        tries: int = 4,
+    ):
+        self.generator, self.resampling = generator, resampling
+        self.landmarks, self.framing, self.side = landmarks, framing, size
+        self.detect_size, self.tries = detect_size, tries
+        self.scales: Tensor | None = None
+        self.scaled_step = -1
+        self._fresh: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def prepare(self, place: Place) -> None:
+        self.place = place
+        place.share()
+        self.generator.to(place.device)
+
+    def rng(self, purpose: str, draw: int) -> Rng:
+        samples = torch.arange(draw * self.place.batch_size, (draw + 1) * self.place.batch_size)
+        return Rng.of(self.place.seed, purpose, samples[self.place.share()], step=0)
+
+    @torch.no_grad()
+    def faces(self, rng: Rng, around: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and their faces; with ``around`` latents perturbed by scales instead of fresh ones."""
+        count, device = len(rng), self.place.device
+
+        def draw(which: Tensor, attempt: int) -> Tensor:
+            numbers = rng.rows(which).child(str(attempt))
+            if around is None:
+                return self.generator.sample_latents(len(which), numbers).to(device)
+            rows = which.to(device)
+            return self.generator.perturb(around[0][rows], around[1][rows], numbers)
+
+        latents = draw(torch.arange(count), 0)
+        if not self.landmarks:
+            return latents, self.generator.synthesize(latents)
+        crops = torch.zeros(count, 3, self.side, self.side)
+        open_rows = torch.arange(count)
+        for attempt in range(self.tries):
+            if attempt:
+                latents[open_rows.to(device)] = draw(open_rows, attempt)
+            images = self.generator.synthesize(latents[open_rows.to(device)]).round().clamp(0, 255).byte().cpu()
+            found = align.detect(images, detect_size=self.detect_size, landmark_size=2 * self.side)
+            last = attempt == self.tries - 1
+            done = found.found
+            crops[open_rows[done]] = align.crop(
+                images[done].float(), found.points[done], self.framing, self.side, border="border"
+            )
+            if last and not done.all():
+                crops[open_rows[~done]] = F.interpolate(images[~done].float(), (self.side, self.side), mode="bilinear")
+            open_rows = open_rows[~done]
+            if not len(open_rows):
+                break
+        return latents, crops.to(device)
+
+    def batch(self, step: int) -> Batch:
+        draw, again = divmod(step, 2) if self.resampling is not None else (step, 0)
+        if not again:
+            latents, images = self.faces(self.rng("latents", draw))
+            self._fresh = (draw, latents)
+        else:
+            if self._fresh[0] != draw:  # resumed between the two steps
+                self._fresh = (draw, self.faces(self.rng("latents", draw))[0])
+            latents = self._fresh[1]
+            if self.scales is None or self.scaled_step != step - 1:
+                raise InputError(f"step {step} needs the feedback of step {step - 1}, which this checkpoint lacks")
+            scales = self.scales[self.place.share()].to(latents)
+            images = self.faces(self.rng("perturbations", draw), (latents, scales))[1]
+        return Batch(images, self.rng("view", step))
+
+    def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
+        if self.resampling is None:
+            return
+        cosines = F.cosine_similarity(student.embedding.float(), teacher.embedding.float())
+        self.scales = gather(self.resampling.scale(cosines.detach())).float()
+        self.scaled_step = int(batch.rng.indices[0]) // self.place.batch_size
+
+    def held_out(self) -> Tensor:
+        return self._aside("held out", self.place.held_out)
+
+    def sample(self, count: int) -> Tensor:
+        return self._aside("sample", count)
+
+    def _aside(self, purpose: str, count: int) -> Tensor:
+        chunks = torch.arange(count).split(128)
+        faces = [self.faces(Rng.of(self.place.seed, purpose, rows))[1] for rows in chunks]
+        return torch.cat(faces).round().clamp(0, 255).byte().cpu() if faces else torch.empty(0, 3, 8, 8).byte()
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "online", "real_faces": False} | self.generator.provenance()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.scales is None:
+            return {}
+        return {"scales": self.scales.cpu(), "step": torch.tensor(self.scaled_step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if set(state) - {"scales", "step"}:
+            raise InputError("this checkpoint belongs to another source than OnlineSource")
+        if state:
+            self.scales, self.scaled_step = state["scales"].to(self.place.device), int(state["step"])

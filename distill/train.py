@@ -1,0 +1,325 @@
+"""Distil a teacher into a student: ``accelerate launch distill/train.py --config distill/recipes/quickstart.yaml``.
+
+Everything a run depends on is in its settings (`distill.settings.Run`); ``--print_config`` shows all of them. A run that
+was stopped, however rudely, goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import faceless
+from distill.checkpoints import Checkpoints, Metrics, check_same_settings
+from distill.finish import finish, load_benchmark
+from distill.global_norm import globalize
+from distill.objective import Objective
+from distill.settings import Optimizer, Run
+from distill.sources import Place, Rows
+from distill.teachers import CachedTeacher, FrozenTeacher
+from distill.validation import Validator
+from faceless.errors import InputError, command
+from faceless.files import atomic_write
+from faceless.recognizer import Recognizer
+from faceless.settings import Settings, parse
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments of this process."""
+    settings: Settings[Run] = parse(Run, arguments, program="distill/train.py", description=__doc__ or "")
+    train(settings)
+
+
+def train(settings: Settings[Run]) -> Path:
+    """Train, save, verify and report; returns the folder of the run."""
+    run = settings.build()
+    output = Path(run.output)
+    check_same_settings(output / "settings.yaml", settings.asdict())
+    accelerator = start(run)
+    main_process, device = accelerator.is_main_process, accelerator.device
+
+    # Whatever is wrong with the settings shows here, before any face is made.
+    teacher_net = faceless.load(run.teacher)
+    student = make_student(run, teacher_net)
+    untrained = copy.deepcopy(student)
+    objective = make_objective(run, student, teacher_net)
+    benchmark = load_benchmark(run, teacher_net, accelerator)
+
+    if main_process:
+        run.source.write()
+        atomic_write(output / "settings.yaml", settings.yaml())
+    accelerator.wait_for_everyone()
+    place = Place(
+        run.seed,
+        run.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        device,
+        run.validation.faces,
+    )
+    run.source.prepare(place)
+    if objective.needs_labels and not run.source.labelled:
+        raise InputError(f"losses.{objective.needs_labels[0]} needs labels, and {type(run.source).__name__} has none")
+    if run.source.real:
+        accelerator.print("\n  REAL FACES: this run trains on pictures of real people; its record says so.\n")
+
+    teacher = make_teacher(run, teacher_net, objective, accelerator)
+    student = globalize(student.to(device, memory_format=torch.channels_last), device)
+    objective.to(device)
+    average = copy.deepcopy(student).eval().requires_grad_(False)
+    optimizer = make_optimizer(run.optimizer, [student, objective])
+    validator = Validator(run.validation, run.source.held_out(), teacher, objective, device)
+
+    checkpoints = Checkpoints(output / "checkpoints", run.keep_checkpoints)
+    step = 0
+    if (saved := checkpoints.latest()) is not None:
+        step = saved["step"]
+        student.load_state_dict(saved["student"])
+        average.load_state_dict(saved["average"])
+        objective.load_state_dict(saved["objective"])
+        optimizer.load_state_dict(saved["optimizer"])
+        run.source.load_state_dict(saved["source"])
+        accelerator.print(f"resuming {output} at step {step}")
+    trained, optimizer = accelerator.prepare(student, optimizer)
+    if any(p.requires_grad for p in objective.parameters()):
+        objective = accelerator.prepare_model(objective)
+    bare_objective = accelerator.unwrap_model(objective)
+    if run.compile:
+        trained = torch.compile(trained)
+    if saved is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+
+    metrics = Metrics(output / "metrics.jsonl", step) if main_process else None
+    if run.tensorboard and step < run.steps:
+        accelerator.init_trackers("tensorboard")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # The first step whose loss or gradient was not finite, kept on the device: looking costs a synchronisation.
+    broken = torch.full((), -1, dtype=torch.int64, device=device)
+    bar = tqdm(total=run.steps, initial=step, desc="distill", unit="step", disable=not accelerator.is_local_main_process)
+    since, since_step = time.perf_counter(), step
+
+    def save() -> None:
+        stop_if_broken(broken, checkpoints, accelerator)
+        if main_process:
+            checkpoints.save(
+                step,
+                {
+                    "student": accelerator.unwrap_model(student).state_dict(),
+                    "average": average.state_dict(),
+                    "objective": bare_objective.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "source": run.source.state_dict(),
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+                },
+            )
+
+    trained.train()
+    objective.train()
+    while step < run.steps:
+        batch = run.source.batch(step)
+        images = run.augment(batch.images.to(device, non_blocking=True), batch.rng)
+        seen = teacher(images, batch)
+        with accelerator.autocast():
+            out = trained(images)
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        loss, terms = objective(out, seen, labels)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
+        rate = learning_rate(run.optimizer, step, run.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        follow(average, student, run.ema, step)
+        run.source.feedback(batch, *bare_objective.comparable(out, seen))
+        healthy = loss.detach().isfinite()
+        if accelerator.scaler is None and norm is not None:  # with fp16, steps of infinite gradients are skipped
+            healthy = healthy & norm.isfinite()
+        broken = torch.where((broken < 0) & ~healthy, step, broken)
+        step += 1
+        bar.update()
+
+        if step % run.log_every == 0 or step == run.steps:
+            loss, *values = accelerator.reduce(torch.stack([loss.detach(), *terms.values()]), "mean").tolist()
+            stop_if_broken(broken, checkpoints, accelerator)
+            now = time.perf_counter()
+            speed = (step - since_step) * run.batch_size / (now - since)
+            since, since_step = now, step
+            named = dict(zip(terms, values))
+            bar.set_postfix(loss=f"{loss:.3f}", faces_per_s=f"{speed:.0f}")
+            entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 1)}
+            if metrics:
+                metrics.write(entry)
+            accelerator.log({"loss": loss, "lr": rate, "faces_per_second": speed} | named, step=step)
+        if run.validation.faces and (step % run.validation.every == 0 or step == run.steps):
+            agreement = validator(average)
+            if metrics:
+                metrics.write({"step": step, "validation": agreement})
+            accelerator.log({f"validation/{name}": value for name, value in agreement.items()}, step=step)
+            since, since_step = time.perf_counter(), step
+        if step % run.checkpoint_every == 0 or step == run.steps:
+            save()
+    bar.close()
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+
+    if main_process:
+        final = average if run.ema else accelerator.unwrap_model(student)
+        finish(run, output, teacher, final, untrained, bare_objective, benchmark)
+    accelerator.wait_for_everyone()
+    return output
+
+
+def start(run: Run) -> Accelerator:
+    """Threads, device, precision and processes."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, and PyTorch sees no CUDA device: use device auto or cpu")
+    cpu = run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available())
+    cores = run.threads or len(os.sched_getaffinity(0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(max(1, cores // max(1, local if cpu else 1)))
+    precision = run.precision if run.precision != "auto" else native_precision(cpu)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with="tensorboard" if run.tensorboard else None,
+        project_dir=run.output,
+    )
+    set_seed(run.seed)  # initial weights; nothing later draws from the global state
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def native_precision(cpu: bool) -> str:
+    """bf16 where the device computes it natively; emulated, it is several times slower than fp32."""
+    if not cpu:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, check, lambda: False)() for check in checks) else "fp32"
+
+
+def make_student(run: Run, teacher: Recognizer) -> Recognizer:
+    """The student, framed as its teacher is: both see the same crops."""
+    if run.student.start is not None:
+        return faceless.load(run.student.start)
+    return faceless.create(
+        run.student.name,
+        embedding_dim=run.student.embedding_dim or teacher.embedding_dim,
+        input_size=run.student.input_size,
+        framing=teacher.spec.framing,
+        **run.student.options,
+    )
+
+
+def make_objective(run: Run, student: Recognizer, teacher: Recognizer) -> Objective:
+    """The weighted losses, checked against the two networks' dimensions before training starts."""
+    objective = Objective(
+        {name: term.loss for name, term in run.losses.items()},
+        {name: term.weight for name, term in run.losses.items()},
+        student_dim=student.embedding_dim,
+        teacher_dim=teacher.embedding_dim,
+        center=run.center,
+        projection=run.projection,
+    )
+    objective.check()
+    return objective
+
+
+def make_teacher(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
+    """The frozen teacher; with a cache, filled here by all processes together."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    net = net.to(accelerator.device)
+    if run.teacher_cache is None:
+        return FrozenTeacher(net, dtype)
+    if not isinstance(run.source, Rows):
+        raise InputError(f"teacher_cache: {type(run.source).__name__} never shows a face twice; remove teacher_cache")
+    teacher = CachedTeacher(
+        net, dtype, folder=Path(run.teacher_cache), source=run.source, augment=run.augment, seed=run.seed
+    )
+    hidden = not accelerator.is_local_main_process
+    teacher.fill(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        lambda work: tqdm(work, desc="teacher", unit="part", disable=hidden or not work),
+    )
+    accelerator.wait_for_everyone()
+    if objective.centering is not None:
+        objective.centering.prime(teacher.mean())
+    return teacher
+
+
+def make_optimizer(settings: Optimizer, modules: list[nn.Module]) -> torch.optim.Optimizer:
+    """Weight decay for matrices and kernels only."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """Linear warm-up, then the schedule over the whole run.
+
+    >>> learning_rate(Optimizer(lr=1.0, warmup=10), 4, 100), round(learning_rate(Optimizer(lr=1.0), 1000, 1000), 3)
+    (0.4971..., 0.01)
+    """
+    done = min(1.0, step / steps)
+    factor = 1.0
+    if settings.schedule == "cosine":
+        factor = settings.final + (1 - settings.final) * (1 + math.cos(math.pi * done)) / 2
+    elif settings.schedule == "steps":
+        factor = 0.1 ** sum(done >= milestone for milestone in settings.milestones)
+    return settings.lr * factor * min(1.0, (step + 1) / max(1, settings.warmup))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, student: nn.Module, decay: float, step: int) -> None:
+    """Move the running average a step towards the student; quickly at first, when the student changes quickly."""
+    decay = min(decay, (1 + step) / (10 + step))
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for a, b in zip(average.state_dict().values(), student.state_dict().values()):
+        if a.is_floating_point():
+            mine.append(a)
+            theirs.append(b)
+        else:
+            a.copy_(b)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+def stop_if_broken(broken: Tensor, checkpoints: Checkpoints, accelerator: Accelerator) -> None:
+    """End the run when a loss was not finite.
+
+    Raises:
+        InputError: naming the step and the last good checkpoint.
+    """
+    # Any process's bad step stops all of them, so that none waits for the others.
+    first = int(accelerator.reduce((broken >= 0).to(torch.int64) * (broken + 1), "sum"))
+    if first:
+        paths = checkpoints.paths()
+        kept = f"the last good checkpoint is {paths[-1]}" if paths else "there was no checkpoint yet"
+        step = int(broken) if int(broken) >= 0 else first - 1
+        raise InputError(
+            f"step {step}: the loss or its gradient is not a finite number; {kept}; "
+            f"lower optimizer.lr, raise optimizer.warmup or use precision fp32"
+        )
+
+
+if __name__ == "__main__":
+    command(main)()

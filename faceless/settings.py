@@ -1,0 +1,163 @@
+"""Typed settings from a YAML recipe and dotted command-line overrides, with errors of one line.
+
+The settings of a command are a dataclass; jsonargparse does the parsing and the type checks. Components are named by
+class (``class_path``) with their constructor arguments (``init_args``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from faceless.errors import InputError, suggest
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Settings(Generic[T]):
+    """Parsed and type-checked, but with nothing constructed yet.
+
+    Args:
+        parser, namespace: of jsonargparse.
+        cls: the dataclass that the settings are of.
+    """
+
+    def __init__(self, parser: ArgumentParser, namespace: Namespace, cls: type[T]):
+        self._parser, self._namespace, self._cls = parser, namespace, cls
+
+    def build(self) -> T:
+        """Construct the dataclass and every component that it names.
+
+        Raises:
+            InputError: a constructor refused its arguments.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = self._parser.instantiate_classes(self._namespace)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"settings: {error}") from error
+        return self._cls(**{field.name: made[field.name] for field in fields(self._cls)})  # type: ignore[arg-type]
+
+    def asdict(self) -> dict[str, Any]:
+        """All settings, defaults included, as plain values."""
+        text = self.yaml()
+        plain: dict[str, Any] = yaml.safe_load(text) or {}
+        return plain
+
+    def yaml(self) -> str:
+        """All settings as YAML that the command reads again; a list of files in ``config`` is left out."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return str(self._parser.dump(self._namespace, skip_none=False))
+
+
+def parse(
+    cls: type[T], arguments: Sequence[str] | None = None, *, description: str = "", program: str | None = None
+) -> Settings[T]:
+    """Read the settings of a command from ``--config FILE`` and dotted overrides such as ``--optimizer.lr 0.1``.
+
+    ``--print_config`` prints all of them and ends the program; so does ``--help``.
+
+    Args:
+        cls: a dataclass; its fields are the keys.
+        arguments: of the command line; None takes those of this process.
+
+    Raises:
+        InputError: an unknown key, a wrong type, a file that is missing or no YAML; one line that names it.
+    """
+    if not is_dataclass(cls):
+        raise TypeError(f"{cls.__name__} is not a dataclass")
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later options override it")
+    parser.add_class_arguments(cls, None)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            namespace = parser.parse_args([_located(a, before) for a, before in zip(arguments, ["", *arguments])])
+    except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(_one_line(str(error), arguments, parser)) from error
+    return Settings(parser, namespace, cls)
+
+
+def recipe(path: str | Path) -> Path:
+    """A recipe file: as given, or inside the installed packages (``distill/recipes/x.yaml`` works from anywhere).
+
+    Raises:
+        InputError: there is none.
+    """
+    given = Path(path)
+    for candidate in (given, ROOT / given):
+        if candidate.is_file():
+            return candidate
+    near = suggest(str(path), sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/recipes/*.yaml")))
+    raise InputError(f"{path}: no such recipe; {near}")
+
+
+def _located(argument: str, before: str) -> str:
+    if before == "--config":
+        return str(recipe(argument))
+    if argument.startswith("--config="):
+        return f"--config={recipe(argument.removeprefix('--config='))}"
+    return argument
+
+
+def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str:
+    """Turn jsonargparse's nested message into one line: where, what, and the nearest valid key."""
+    where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    where += [after for a, after in zip(arguments, arguments[1:]) if a == "--config"]
+    path, classes, rest = [], [], ""
+    for line in (part.strip() for part in message.splitlines()):
+        if key := re.match(r'Parser key "([^"]*)":', line):
+            path.append(key[1])
+            rest = line[key.end() :].strip()
+        elif given := re.match(r"Problem with given class_path '([^']*)':", line):
+            classes.append(given[1])
+            path.append("init_args") if path and not _is_dataclass(given[1]) else None
+        elif line:
+            rest = f"{rest} {line}".strip()
+    unknown = re.search(r"[Oo]ption '([^']*)' is not accepted|does not accept option '([^']*)'", rest)
+    flag = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", rest)
+    if unknown or flag:
+        name = next(g for g in (unknown.groups() if unknown else flag.groups()) if g)  # type: ignore[union-attr]
+        group = re.search(r"Group '([^']*)'", rest)
+        prefix = ".".join([*path, *([group[1]] if group else [])])
+        full = f"{prefix}.{name}" if prefix else name
+        rest = f"unknown key {full!r}; {suggest(name, _keys(parser, classes, group[1] if group else '', name))}"
+    elif path:
+        rest = f"{'.'.join(path)}: {rest}"
+    rest = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", rest)
+    rest = re.sub(r"^Problems parsing config: ", "not readable as YAML: ", rest)
+    return f"{where[-1]}: {rest}" if where and not flag else rest
+
+
+def _is_dataclass(path: str) -> bool:
+    return is_dataclass(_imported(path))
+
+
+def _imported(path: str) -> Any:
+    # Only called with a path that jsonargparse has already resolved to a class of the expected kind.
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module) or importlib.import_module(module), name, None)
+
+
+def _keys(parser: ArgumentParser, classes: list[str], group: str, name: str) -> list[str]:
+    if classes:
+        return [key for key in inspect.signature(_imported(classes[-1])).parameters if key != "self"]
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+    if group:
+        return [key.removeprefix(f"{group}.") for key in known if key.startswith(f"{group}.")]
+    return known if "." in name else [key for key in known if "." not in key]

@@ -1,0 +1,69 @@
+"""Checkpoints survive damage, metrics forget what comes after them, and other settings are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.checkpoints import Checkpoints, Metrics, check_same_settings
+from faceless.errors import InputError
+
+
+def test_only_the_latest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        checkpoints.save(step, {"weight": torch.full((2,), float(step))})
+    assert [p.name for p in checkpoints.paths()] == ["step-00000010.pt", "step-00000015.pt"]
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest["step"] == 15
+    assert latest["weight"].tolist() == [15.0, 15.0]
+
+
+def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"weight": torch.ones(100)})
+    newest = checkpoints.save(10, {"weight": torch.zeros(100)})
+    newest.write_bytes(newest.read_bytes()[:300])
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest["step"] == 5
+    assert str(newest) in capsys.readouterr().err
+    checkpoints.paths()[0].write_bytes(b"")
+    assert checkpoints.latest() is None
+
+
+def test_a_checkpoint_that_carries_code_is_never_run(tmp_path: Path) -> None:
+    import os
+    import pickle
+
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "step-00000001.pt").write_bytes(pickle.dumps({"step": 1, "student": Hostile()}))
+    assert Checkpoints(tmp_path).latest() is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_metrics_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    for step in (10, 20, 30):
+        metrics.write({"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # torn by a kill
+    Metrics(path, 20).write({"step": 30, "again": True})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 10}, {"step": 20}, {"step": 30, "again": True}]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("seed: 1\nsteps: 5\nlog_every: 3\n")
+    check_same_settings(path, {"seed": 1, "steps": 5, "log_every": 7})
+    with pytest.raises(InputError, match="another steps"):
+        check_same_settings(path, {"seed": 1, "steps": 6})
