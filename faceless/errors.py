@@ -28,7 +28,7 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     'known are iresnet50, slimresnet'
     """
     known = sorted(known)
-    near = difflib.get_close_matches(wrong, known)
+    near = difflib.get_close_matches(wrong, known, cutoff=0.7)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MAX_SIDE = 2048  # pixels; what a stranger's file may ask for
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class InputSpec:
         object.__setattr__(self, "std", tuple(float(v) for v in self.std))
         if self.channel_order not in ("RGB", "BGR"):
             raise ValueError(f"channel_order is {self.channel_order!r}; use 'RGB' or 'BGR'")
-        if self.height < 1 or self.width < 1 or self.value_range <= 0 or min(self.std) <= 0:
-            raise ValueError("InputSpec needs positive height, width, std and value_range")
+        if any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in (self.height, self.width)):
+            raise ValueError(f"InputSpec needs whole pixels from 1 to {MAX_SIDE}, not {self.height} x {self.width}")
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError("InputSpec needs three values each for mean and std")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.value_range)):
+            raise ValueError("InputSpec needs finite mean, std and value_range")
+        if self.value_range <= 0 or min(self.std) <= 0:
+            raise ValueError("InputSpec needs positive std and value_range")
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}

@@ -28,7 +28,7 @@ from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
 from faceless.errors import InputError, suggest
 from faceless.files import atomic_write, sha256
-from faceless.recognizer import InputSpec, Recognizer
+from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
 PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
 SUPPORTED = ".pth .pt (plain state dicts), .safetensors, .dat (dlib)"
@@ -74,17 +74,17 @@ def create(
     """
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return _build(name, embedding_dim=embedding_dim, input_size=input_size, framing=framing, **options)
+        return _build(name, embedding_dim, input_size, framing, options)
 
 
-def _build(name: str, *, embedding_dim: Any, input_size: Any, framing: Any, **options: Any) -> Recognizer:
+def _build(name: str, embedding_dim: Any, input_size: Any, framing: Any, options: Mapping[str, Any]) -> Recognizer:
     if name not in ARCHITECTURES:
         raise InputError(f"there is no architecture {name!r}; {suggest(name, ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     dim = architecture.embedding_dim if embedding_dim is None else embedding_dim
     size = architecture.spec.height if input_size is None else input_size
-    for key, value, most in (("embedding_dim", dim, 65536), ("input_size", size, 2048)):
-        if not isinstance(value, int) or not 1 <= value <= most:
+    for key, value, most in (("embedding_dim", dim, 65536), ("input_size", size, MAX_SIDE)):
+        if type(value) is not int or not 1 <= value <= most:
             raise InputError(f"{name}: {key} is {value!r}; use a whole number from 1 to {most}")
     if framing not in (None, "arcface", "dlib"):
         raise InputError(f"{name}: framing is {framing!r}; use 'arcface' or 'dlib'")
@@ -184,7 +184,7 @@ def _load_safetensors(path: Path) -> Recognizer:
         dim, size = options.pop("embedding_dim"), options.pop("input_size")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: its description is damaged ({type(error).__name__}: {error})") from error
-    recognizer = _assemble(name, state, path, embedding_dim=dim, input_size=size, **options)
+    recognizer = _assemble(name, dim, size, options, state, path)
     return Recognizer(recognizer.backbone, spec, name=name, options=recognizer.options, source={"record": record})
 
 
@@ -267,7 +267,7 @@ def _load_foreign(state: State, path: Path) -> Recognizer:
         few = ", ".join(list(state)[:3])
         raise InputError(f"{path}: its keys ({few}, ...) are of no network we know: {', '.join(names())}")
     name, options = recognized
-    return _assemble(name, state, path, **options)
+    return _assemble(name, options.pop("embedding_dim"), options.pop("input_size"), options, state, path)
 
 
 def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
@@ -299,12 +299,14 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def _assemble(name: str, state: State, path: Path, *, framing: str | None = None, **options: Any) -> Recognizer:
+def _assemble(
+    name: str, embedding_dim: Any, input_size: Any, options: Mapping[str, Any], state: State, path: Path
+) -> Recognizer:
     """Build ``name`` around the tensors of ``state``, which must fit exactly."""
     try:
         # Without memory first: what a file asks for is not allocated before it is known to match what it holds.
         with torch.device("meta"):
-            recognizer = _build(name, framing=framing, **options)
+            recognizer = _build(name, embedding_dim, input_size, None, options)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     backbone = recognizer.backbone
@@ -359,7 +361,8 @@ def save(recognizer: Recognizer, folder: str | Path, record: Mapping[str, Any] |
     }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     state = {key: value.detach().cpu().contiguous() for key, value in recognizer.backbone.state_dict().items()}
-    atomic_write(folder / WEIGHTS, safetensors.torch.save(state, {"faceless": text, "format": "pt"}))
+    # One key only: safetensors writes several in an order that changes from run to run.
+    atomic_write(folder / WEIGHTS, safetensors.torch.save(state, {"faceless": text}))
     atomic_write(folder / CONFIG, text)
     atomic_write(folder / CARD, card(config, parameters(recognizer.backbone)))
     return folder
