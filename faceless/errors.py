@@ -22,13 +22,13 @@ class InputError(Exception):
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known ones, or all of them.
 
-    >>> suggest("iresnet5", ["iresnet50", "slimresnet"])
-    'did you mean iresnet50?'
+    >>> suggest("widht", ["width", "stem"])
+    'did you mean width?'
     >>> suggest("vgg", ["iresnet50", "slimresnet"])
     'known are iresnet50, slimresnet'
     """
     known = sorted(known)
-    near = difflib.get_close_matches(wrong, known, cutoff=0.7)
+    near = difflib.get_close_matches(wrong, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
