@@ -28,11 +28,14 @@ class Loss(nn.Module, ABC):
         needs_labels: whether ``labels`` must be given; a label of -1 marks a face without one, which does not count.
         needs_logits: whether both outputs must carry logits over the same classes.
         needs_features: whether the outputs must carry feature maps.
+        student_features, teacher_features: names of the sub-modules whose outputs these are.
     """
 
     needs_labels: bool = False
     needs_logits: bool = False
     needs_features: bool = False
+    student_features: tuple[str, ...] = ()
+    teacher_features: tuple[str, ...] = ()
 
     def forward(self, student: Output, teacher: Output, labels: Tensor | None = None) -> Tensor:
         """Scalar loss of a batch.
@@ -57,6 +60,13 @@ class Loss(nn.Module, ABC):
         dtype = torch.promote_types(torch.promote_types(S.dtype, T.dtype), torch.float32)
         with torch.autocast(S.device.type, enabled=False):
             return self.compute(_precise(student, dtype), _precise(teacher, dtype, constant=True), labels)
+
+    def prepare(self, student: Output, teacher: Output) -> None:
+        """Build what depends on the shapes of the two outputs, before an optimizer or a checkpoint asks for it.
+
+        Called once with what both networks say of a few faces, in eval mode: batch statistics move without gradient
+        too.
+        """
 
     @abstractmethod
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill.losses import adaptive_centers, contrastive, embedding, logits, margin, relational, unified
+from distill.losses import adaptive_centers, contrastive, embedding, features, logits, margin, relational, unified
 from distill.losses.base import Loss
 from faceless.recognizer import Output
 
@@ -53,6 +53,9 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "dkd": lambda d: logits.DKD(),
     "nkd": lambda d: logits.NKD(temperature=2.0),
     "cross-entropy": lambda d: logits.CrossEntropy(),
+    "hint": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="map"), d, d),
+    "hint-adapted": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="wide"), d, d),
+    "attention": lambda d: features.AttentionTransfer(student_layer="map", teacher_layer="wide"),
 }
 
 
@@ -80,7 +83,7 @@ HEADS = {name for name in EVERY if name.startswith(("arc", "cosf", "cosd", "sphe
 STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels"}
 
 # Losses that accept a student of another dimension.
-ANY_DIM = OF_PAIRS | {"cross-entropy"}
+ANY_DIM = OF_PAIRS | {"cross-entropy", "attention"}
 
 
 def faces(
@@ -95,7 +98,23 @@ def faces(
 
 
 def value(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The loss of two embeddings, which also serve as logits."""
+    """The loss of two embeddings, which also serve as logits and, spread over places, as feature maps."""
     if labels is not None and (loss.needs_logits or isinstance(loss, logits.CrossEntropy)):
         labels = labels.clamp(max=student.shape[1] - 1)
-    return loss(Output(student, student), Output(teacher, teacher), labels)
+    return loss(output(student), output(teacher), labels)
+
+
+def output(embedding: Tensor) -> Output:
+    maps = {}
+    if embedding.ndim == 2:
+        dim = embedding.shape[1]
+        exact = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        for name, channels in (("map", torch.arange(dim)), ("wide", torch.arange(2 * dim) % dim)):
+            phase = torch.arange(len(channels))[:, None, None] + torch.arange(3)[:, None] + 2 * torch.arange(2)
+            maps[name] = exact[:, channels, None, None] * (1 + phase).to(exact.dtype).sin()
+    return Output(embedding, embedding, maps)
+
+
+def prepared(loss: Loss, student_dim: int, teacher_dim: int) -> Loss:
+    loss.prepare(output(torch.zeros(1, student_dim)), output(torch.zeros(1, teacher_dim)))
+    return loss

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.losses.base import Loss
 from distill.losses.contrastive import QUD
+from distill.losses.features import AttentionTransfer, Hint
 from distill.losses.relational import PKT, DarkRank, RKDAngle, RKDDistance, SimilarityPreserving
 from faceless.recognizer import Output
 
@@ -142,3 +143,43 @@ def test_similarity_preserving(official, parity):
     module = mdistiller(official, "SP")
     S, T = embeddings(5)
     parity("SP", f"{MDISTILLER} SP.py", of(SimilarityPreserving(), T), lambda s: module.similarity_loss(s, T), S)
+
+
+def maps(seed: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(student, generator=random), torch.randn(teacher, generator=random)
+
+
+def with_map(x: Tensor) -> Output:
+    return Output(x.new_zeros(len(x), 4), features={"f": x})
+
+
+def test_fitnets_hint(rkd, parity):
+    S, T = maps(6, (8, 12, 7, 7), (8, 20, 7, 7))
+    theirs, ours = rkd.FitNet(12, 20), Hint(student_layer="f", teacher_layer="f")
+    ours.prepare(with_map(S), with_map(T))
+    ours.adapter.weight.data.copy_(theirs.transform.weight.data)
+    parity(
+        "FitNets hint",
+        f"{RKD} metric/loss.py",
+        lambda s: ours(with_map(s), with_map(T)),
+        lambda s: theirs(s, T),
+        S,
+        parameters=((ours.adapter.weight, theirs.transform.weight),),
+    )
+
+
+def test_attention_transfer(rkd, official, parity):
+    S, T = maps(7, (8, 12, 7, 7), (8, 20, 7, 7))
+    loss = AttentionTransfer(student_layer="f", teacher_layer="f")
+    theirs = rkd.AttentionTransfer()
+    parity("AT", f"{RKD} metric/loss.py", lambda s: loss(with_map(s), with_map(T)), lambda s: theirs(s, T), S)
+    module = mdistiller(official, "AT")
+    S, T = maps(8, (8, 12, 7, 7), (8, 20, 14, 14))
+    parity(
+        "AT, maps of two sizes",
+        f"{MDISTILLER} AT.py",
+        lambda s: loss(with_map(s), with_map(T)),
+        lambda s: module.single_stage_at_loss(s, T, 2),
+        S,
+    )
