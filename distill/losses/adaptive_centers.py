@@ -54,7 +54,7 @@ class FrozenCenters(_TeacherCenters):
 
     The centers never move: the teacher's classification layer, or the mean teacher embedding of each class
     (`class_centers`). The teacher need not run.
-    Boutros, Štruc, Damer: AdaDistill, ECCV 2024, section 3.1.
+    Boutros, Štruc, Damer: AdaDistill, ECCV 2024.
 
     Args:
         embedding_dim: D of both networks.
@@ -121,7 +121,7 @@ class AdaDistill(_TeacherCenters):
     times clamp(cos(w, t)), both clamped to [1e-6, 1]. The margin softmax then uses the moved centers. Faces of one
     class in a batch act one after the other, in rank and batch order, all with the a they have at its start; every
     process holds the same centers. (The official code keeps an arbitrary one of them, and lets processes drift apart.)
-    Boutros, Štruc, Damer: AdaDistill, ECCV 2024, equations 5 to 8.
+    Boutros, Štruc, Damer: AdaDistill, ECCV 2024.
 
     Args:
         embedding_dim: D of both networks.

@@ -20,7 +20,7 @@ class QUD(Loss):
 
     Cross-entropy over [s.t, s.Q] / temperature with the first as target: the teacher's embedding of the same face
     attracts, those of earlier faces repel. No labels. Near ln(1 + K) for an untrained student; the floor is above 0.
-    Kolf, Damer, Boutros: QUD, BMVC 2024, equation 3.
+    Kolf, Damer, Boutros: QUD, BMVC 2024.
 
     Args:
         embedding_dim: D of both networks.
@@ -88,7 +88,7 @@ class CRD(Loss):
     contrastive estimation with h = e / (e + m c), e = exp(cosine / temperature), summed over the negatives, mean over
     the batch. The other view of a pair is a constant. c is the mean e of the first batch that finds a memory, then
     fixed. No labels.
-    Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, equations 17 to 19. There the memory has
+    Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020. There the memory has
     one slowly moving row for each picture of a data set; here, as generated faces never return, it is a ring, and the
     positive is the present view.
 

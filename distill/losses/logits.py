@@ -106,7 +106,7 @@ class NKD(Loss):
 
     -(p_T,y log p_S,y) - gamma T^2 sum over the other classes of p_T log p_S, renormalized without the target and
     softened by T. Not 0 at a perfect match.
-    Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023, equation 6.
+    Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023.
 
     Args:
         gamma: weight of the other classes.

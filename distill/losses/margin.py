@@ -184,7 +184,7 @@ class SphereFace2(_Head):
     With g(x) = 2 ((x + 1) / 2)^power - 1, the logit of a class is scale (g(cos) -/+ margin) + bias, minus for the
     target. Binary cross-entropies are weighted by ``balance`` (target) and 1 - ``balance`` (others), summed over
     classes, times ``strength`` / scale. The bias starts where both kinds pull equally at cosine 0.
-    Wen, Liu, Weller, Raj, Singh: SphereFace2, ICLR 2022, equations 5 to 8.
+    Wen, Liu, Weller, Raj, Singh: SphereFace2, ICLR 2022.
 
     Args:
         embedding_dim: D of the student.

@@ -32,7 +32,7 @@ class RKDDistance(Loss):
 
     Huber loss between ||S_i - S_j|| / mean and ||T_i - T_j|| / mean, averaged over all B^2 pairs; each mean is over the
     positive distances, and the student's carries gradient. No labels.
-    Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, equations 5 and 6.
+    Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, section 3.2.1.
 
     Args:
         normalized: whose embeddings are made unit length first: ``"teacher"`` (the authors' runs), ``"both"`` or
@@ -67,7 +67,7 @@ class RKDAngle(Loss):
     Huber loss between the cosines of the angle at j between i and k, over all triplets. The angle at a face that
     coincides with i or k (distance below sqrt(machine epsilon) of the mean) counts as cosine 0 and has no gradient,
     which would grow without bound there. No labels.
-    Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, equations 7 and 8.
+    Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, section 3.2.2.
 
     Args:
         normalized: whose embeddings are made unit length first: ``"teacher"`` (the authors' runs), ``"both"`` or
@@ -182,8 +182,7 @@ class SimilarityPreserving(Loss):
     """Keep the rows of the batch's similarity matrix.
 
     ||G_S - G_T||_F^2 / B^2, where G is X X^T with rows made unit length. No labels.
-    Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, equations 2 to 4 (there on feature maps, with
-    weight 3,000).
+    Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019 (there on feature maps, with weight 3,000).
 
     Shape:
         embeddings ``[B, Ds]`` and ``[B, Dt]``; returns a scalar.
@@ -203,7 +202,7 @@ class DarkRank(Loss):
 
     With score -alpha d^beta of unit vectors, the negative log-likelihood (Plackett-Luce) that the student ranks the
     teacher's ``neighbors`` nearest faces as the teacher does. Not 0 at a perfect match. No labels.
-    Chen, Wang, Zhang: DarkRank, AAAI 2018, equations 5 to 8.
+    Chen, Wang, Zhang: DarkRank, AAAI 2018.
 
     Args:
         alpha, beta: of the score.
@@ -239,7 +238,7 @@ class PKT(Loss):
 
     Mean over B^2 of P_T log(P_T / P_S), P being (cos + 1) / 2 with rows that sum to 1, the diagonal included. This is
     the divergence divided by B, about 1e-5 for random embeddings: published weights are near 30,000. No labels.
-    Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, equations 5 to 7.
+    Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018.
 
     Args:
         epsilon: added to both probabilities within the logarithm.

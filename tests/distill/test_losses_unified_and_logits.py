@@ -130,7 +130,7 @@ def test_dkd_and_nkd(T):
 
 
 def test_kd_is_the_sum_that_dkd_decouples():
-    """KD = TCKD + (1 - p_T,y) NCKD for each face (equation 5 of the DKD paper)."""
+    """KD = TCKD + (1 - p_T,y) NCKD for each face, as the DKD paper derives."""
     S, Z, labels = faces(1, 7, 3, torch.float64)
     confidence = 1 - (Z / 4).softmax(1)[0, labels[0]].item()
     whole = value(LogitKD(), S, Z).item()
