@@ -207,3 +207,15 @@ def test_logits_that_are_missing_or_differ_are_refused():
     for name in ("kd", "dkd", "nkd"):
         with pytest.raises(ValueError, match="logits"):
             EVERY[name](7)(Output(S, S), Output(T, T[:, :5]), labels.clamp(max=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every
+def test_a_gpu_gives_what_the_cpu_gives(name):
+    here, there = EVERY[name](7).double(), EVERY[name](7).double().cuda()
+    for step in range(4):
+        S, T, labels = faces(6, 7, step, torch.float64)
+        expected = value(here, S, T, labels)
+        found = value(there, S.cuda(), T.cuda(), labels.cuda())
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-12)
