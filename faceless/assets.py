@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def listing_digest(hashes: dict[str, str]) -> str:
 
 def _announce(asset: Asset) -> None:
     """Show the licence once per process, and in one process of a launch."""
-    first = os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+    first = parent_process() is None and os.environ.get("RANK", "0") == "0" == os.environ.get("LOCAL_RANK", "0")
     if first and asset.name not in _announced:
         print(f"{asset.name}: {asset.note}. Licence: {asset.licence}. {asset.source}", file=sys.stderr)
     _announced.add(asset.name)

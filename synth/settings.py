@@ -1,0 +1,105 @@
+"""The typed settings of a corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from faceless.errors import InputError
+from synth.generators.base import Generator
+
+
+@dataclass
+class Alignment:
+    """How candidates are cut to the framing of a recognizer, and which are rejected.
+
+    Args:
+        framing: ``dlib`` or ``arcface`` (which needs 68 points).
+        size: side of the crops in pixels.
+        padding: around dlib's chip.
+        points: landmarks to predict, 5 or 68.
+        detect_size: the candidate is scaled to this side for the detector, whose windows are 80 pixels wide.
+        landmark_size: the same for the landmarks, which are whole pixels there.
+        threshold: of the detector; lower accepts more.
+        max_roll: largest rotation in the plane, degrees.
+        max_misfit: largest root mean square distance of landmarks from the template, in parts of the crop's side.
+    """
+
+    framing: Literal["dlib", "arcface"] = "dlib"
+    size: int = 96
+    padding: float = 0.25
+    points: Literal[5, 68] = 5
+    detect_size: int = 100
+    landmark_size: int = 192
+    threshold: float = 0.0
+    max_roll: float = 30.0
+    max_misfit: float = 0.06
+
+    def __post_init__(self) -> None:
+        if self.framing == "arcface" and self.points != 68:
+            raise InputError(f"align.points is {self.points}; the arcface framing needs 68")
+        for name in ("size", "detect_size", "landmark_size"):
+            if not 16 <= getattr(self, name) <= 4096:
+                raise InputError(f"align.{name} is {getattr(self, name)}; it must be from 16 to 4096")
+
+
+@dataclass
+class Generation:
+    """A corpus to be written.
+
+    Args:
+        generator: class and constructor arguments of a `Generator`.
+        output: folder of the corpus; one that was begun with the same settings is finished.
+        count: faces wanted.
+        seed: of the latents.
+        align: how candidates are cropped and rejected; null keeps them whole and rejects none.
+        image_format: ``png`` and ``webp`` are lossless; ``jpeg`` is several times faster.
+        quality: of jpeg.
+        latent_dtype: latents are rounded to this type before faces are made from them, then stored.
+        shard_rows: faces per parquet file.
+        block: candidates per block, the unit of work; changes no face but, with the counts, the manifest.
+        batch: latents per pass of the generator.
+        device: ``cpu``, ``cuda``, or another name of torch's.
+        workers: processes of this machine; null takes one per core (one for a GPU); 0 works inside this process.
+        min_acceptance: give up when fewer than this part of 4096 or more candidates are accepted.
+        repair: write missing and damaged shards of a finished corpus again.
+    """
+
+    generator: Generator
+    output: str = "corpora/corpus"
+    count: int = 10_000
+    seed: int = 0
+    align: Alignment | None = field(default_factory=Alignment)
+    image_format: Literal["png", "jpeg", "webp"] = "jpeg"
+    quality: int = 95
+    latent_dtype: Literal["float32", "float16"] = "float32"
+    shard_rows: int = 10_000
+    block: int = 256
+    batch: int = 32
+    device: str = "cpu"
+    workers: int | None = None
+    min_acceptance: float = 0.01
+    repair: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("count", "shard_rows", "block", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"quality is {self.quality}; it must be from 1 to 100")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"workers is {self.workers}; it cannot be negative")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
+        check_device(self.device)
+
+
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r}, but torch sees no CUDA device here; use cpu")
