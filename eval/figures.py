@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from eval import metrics
 
@@ -106,6 +106,19 @@ def _rate(value: float, _: Any = None) -> str:
     return f"{100 * value:.10f}".rstrip("0").rstrip(".") + " %"
 
 
+def short(value: float) -> str:
+    """Three digits that count, without exponents for what is large.
+
+    >>> short(5607488 / 1e6), short(270.85), short(22.43), short(0.0046), short(12345.0)
+    ('5.61', '271', '22.4', '0.0046', '12,345')
+    """
+    if abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    if abs(value) >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.995 else f"{value:.3g}"
+
+
 def _log_rates(axis: Any, low: float, high: float = 1.0) -> None:
     """Decades labeled in percent."""
     decades = [d for d in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) if low * 0.999 <= d <= high * 1.001]
@@ -150,7 +163,9 @@ def roc(named: Mapping[str, Scores], replicates: int = 1000, lowest: float = 1e-
             axes.step(x, y, where="post", color=palette[label], linestyle=DASHES.get(label, "-"), label=label)
         axes.set_xscale("log")
         axes.set_xlim(lowest, 1)
-        axes.set_ylim(0, 1.01)
+        # From the next lower tenth: a page on which all curves lie at the top shows nothing.
+        bottom = max(0.0, np.floor(10 * min(_tar(s, lowest) for s in named.values()) - 1e-9) / 10 - 0.1)
+        axes.set_ylim(bottom, 1 + 0.01 * (1 - bottom))
         _log_rates(axes.xaxis, lowest)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.set_xlabel("False match rate (FAR)")
@@ -197,7 +212,7 @@ def det(named: Mapping[str, Scores], replicates: int = 1000) -> str:
         _log_rates(axes.yaxis, low_y)
         axes.set_xlabel("False match rate (FMR)")
         axes.set_ylabel("False non-match rate (FNMR)")
-        axes.legend(loc="lower left")
+        axes.legend(loc="lower left", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85)
         described = "; ".join(f"{k} {_rate(round(metrics.eer(v.genuine, v.impostor), 4))}" for k, v in named.items())
         return _svg(figure, "det", f"DET curves of {', '.join(named)}. Equal error rates: {described}.")
 
@@ -255,6 +270,7 @@ def losses(steps: Sequence[int], loss: Sequence[float], terms: Mapping[str, Sequ
             axes.plot(steps, _smooth(series, window), color=color, label=label, linewidth=1.9 if number == 0 else 1.3)
         if positive:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
@@ -270,7 +286,7 @@ def validation(steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> s
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axes = figure.add_subplot()
         for color, (label, values) in zip((BLUE, GREEN, PURPLE, ORANGE, YELLOW), series.items()):
-            axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=label)
+            axes.plot(steps, values, color=color, marker="o" if len(steps) <= 40 else "", markersize=3.5, label=label)
             axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (5, 0), textcoords="offset points", va="center")
         axes.set_xlabel("step")
         axes.set_ylabel("agreement with the teacher")
@@ -291,19 +307,19 @@ def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> str:
         labels = [str(row["label"]) for row in rows]
         palette = colors(labels)
         costs = [row.get("efficiency") or {} for row in rows]
-        panels: list[tuple[str, list[float], str]] = [
-            ("TAR at FAR 0.1 %", [100 * row["tar_at_far"]["1e-3"] for row in rows], "{:.1f} %")
+        panels: list[tuple[str, list[float]]] = [
+            ("TAR at FAR 0.1 %", [100 * row["tar_at_far"]["1e-3"] for row in rows])
         ]
         if all("macs" in cost for cost in costs):
-            panels.append(("million MACs a face", [cost["macs"] / 1e6 for cost in costs], "{:,.0f}"))
+            panels.append(("million MACs a face", [cost["macs"] / 1e6 for cost in costs]))
         if all("megabytes" in cost for cost in costs):
-            panels.append(("MB in float32", [cost["megabytes"]["fp32"] for cost in costs], "{:.1f}"))
+            panels.append(("MB in float32", [cost["megabytes"]["fp32"] for cost in costs]))
         if all("batch1" in cost.get("latency_ms", {}) for cost in costs):
             times = [cost["latency_ms"]["batch1"]["median"] for cost in costs]
-            panels.append(("ms for one face", times, "{:.1f}"))
+            panels.append(("ms for one face", times))
         figure = Figure(figsize=(11.2, 0.85 + 0.38 * len(rows)), layout="constrained")
         places = np.arange(len(rows))[::-1]
-        for number, (title, values, form) in enumerate(panels):
+        for number, (title, values) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), number + 1)
             axes.barh(places, values, height=0.62, color=[palette[label] for label in labels])
             if number == 0:
@@ -314,7 +330,13 @@ def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> str:
                         axes.errorbar([value], [place], xerr=reach, color=INK, linewidth=1, capsize=2.5)
             ends = [max(v, 100 * (b[1] if b else 0)) for v, b in zip(values, bounds)] if number == 0 else values
             for place, value, end in zip(places, values, ends, strict=True):
-                axes.annotate(form.format(value), (end, place), (5, 0), textcoords="offset points", va="center")
+                axes.annotate(
+                    f"{value:.1f} %" if number == 0 else short(value),
+                    (end, place),
+                    (5, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
             axes.set_title(title)
             axes.set_yticks(places, labels if number == 0 else [""] * len(labels))
             axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -323,7 +345,7 @@ def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.grid(visible=False)
             axes.spines["bottom"].set_visible(False)
         facts = "; ".join(
-            f"{label}: " + ", ".join(f"{title} {form.format(values[i])}" for title, values, form in panels)
+            f"{label}: " + ", ".join(f"{title} {short(values[i])}" for title, values in panels)
             for i, label in enumerate(labels)
         )
         return _svg(figure, "cost", f"Accuracy and cost. {facts}.")
