@@ -44,10 +44,10 @@ class Optimizer:
     """How weights move.
 
     Args:
-        name: ``adamw``, ``adam`` or ``sgd`` (Nesterov).
+        name: ``muon`` (learns from the fewest faces; lr about 0.02), ``adamw``, ``adam`` or ``sgd`` (Nesterov).
         lr: at the end of the warm-up, for the whole batch over all processes.
         weight_decay: not applied to biases and normalisation weights.
-        momentum: of SGD.
+        momentum: of SGD and Muon.
         betas: of Adam and AdamW.
         warmup: steps of linear growth from zero.
         schedule: ``cosine`` down to ``final`` times lr, ``constant``, or ``steps`` (a tenth at each of ``milestones``).
@@ -55,7 +55,7 @@ class Optimizer:
         clip: largest gradient norm; 0 switches clipping off.
     """
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["muon", "adamw", "adam", "sgd"] = "adamw"
     lr: float = 3e-3
     weight_decay: float = 0.05
     momentum: float = 0.9

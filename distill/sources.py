@@ -6,6 +6,7 @@ in and hands out that process's share of the global batch.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.gather import gather
-from eval.benchmarks.folder import load_folder
+from eval.benchmarks import folder
 from faceless import align
 from faceless.errors import InputError
 from faceless.randomness import Rng, permutation
@@ -254,7 +255,8 @@ class CorpusSource(Rows):
         return self.corpus.images(rows)
 
     def fingerprint(self) -> str:
-        return self.corpus.fingerprint
+        shards = [shard["sha256"] for shard in self.corpus.manifest["shards"]]
+        return hashlib.sha256("\n".join(shards).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
         return {"kind": "corpus", "path": str(self.path), "faces": self.size, "manifest": self.corpus.manifest}
@@ -289,7 +291,7 @@ class FolderSource(Rows):
         return str(self.path)
 
     def prepare(self, place: Place) -> None:
-        self.benchmark = load_folder(Path(self.path), framing=self.framing, size=self.side, aligned=self.aligned)
+        self.benchmark = folder.load(Path(self.path), self.framing, self.side, align=not self.aligned)
         self.labels = self.benchmark.identities
         super().prepare(place)
 
@@ -300,8 +302,6 @@ class FolderSource(Rows):
         return self.benchmark.images[rows]
 
     def fingerprint(self) -> str:
-        import hashlib
-
         return hashlib.sha256(self.benchmark.images.numpy().tobytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import faceless
 from distill.checkpoints import Checkpoints, Metrics, check_same_settings
 from distill.finish import finish, load_benchmark
 from distill.global_norm import globalize
+from distill.muon import Muon
 from distill.objective import Objective
 from distill.settings import Optimizer, Run
 from distill.sources import Place, Rows
@@ -269,6 +270,8 @@ def make_optimizer(settings: Optimizer, modules: list[nn.Module]) -> torch.optim
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    if settings.name == "muon":
+        return Muon(groups, settings.lr, momentum=settings.momentum, betas=tuple(settings.betas))
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
 

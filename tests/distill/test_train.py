@@ -1,0 +1,269 @@
+"""The training command, end to end on tiny networks: it trains, resumes to the same bytes, and refuses mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import faceless
+from distill.train import main
+from faceless.errors import command
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATOR = {
+    "class_path": "synth.generators.dcgan.DCGAN",
+    "init_args": {"weights": None, "latent_dim": 8, "channels": 4},
+}
+TINY = {"widths": [8, 16], "depths": [1, 1]}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", **TINY)
+    faceless.save(net, tmp_path / "teacher", {})
+    return tmp_path / "teacher"
+
+
+def recipe(folder: Path, teacher: Path, **changes: Any) -> Path:
+    # Random generator weights come from PyTorch's global state, which is not seeded yet when settings are built: give
+    # the generator weights of its own.
+    weights = folder / "generator.pt"
+    if not weights.exists():
+        from synth.generators.dcgan import DCGAN
+
+        torch.manual_seed(1)
+        torch.save(DCGAN(None, latent_dim=8, channels=4).state_dict(), weights)
+    source = {
+        "class_path": "distill.sources.OnlineSource",
+        "init_args": {
+            "generator": {"class_path": GENERATOR["class_path"], "init_args": GENERATOR["init_args"] | {"weights": str(weights)}},
+            "resampling": {"class_path": "mining.resampling.SynthDistillRule"},
+        },
+    }
+    settings = {
+        "output": str(folder / "run"),
+        "teacher": str(teacher),
+        "source": source,
+        "student": {"name": "slimresnet", "input_size": 32, "options": TINY},
+        "center": True,
+        "losses": {
+            "cosine": {"loss": {"class_path": "distill.losses.embedding.CosineEmbedding"}},
+            "contrast": {
+                "weight": 0.5,
+                "loss": {
+                    "class_path": "distill.losses.contrastive.QUD",
+                    "init_args": {"embedding_dim": 16, "queue_size": 32},
+                },
+            },
+        },
+        "augment": {"size": 32},
+        "steps": 12,
+        "batch_size": 8,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "device": "cpu",
+        "threads": 1,
+        "tensorboard": False,
+        "optimizer": {"warmup": 3},
+        "validation": {"faces": 16, "every": 6, "neighbors": 3},
+        "verification": {"benchmark": None},
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def student_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "student" / name).read_bytes() for name in ("model.safetensors", "config.json", "README.md")}
+
+
+def test_a_run_trains_and_leaves_everything(tmp_path: Path, teacher: Path) -> None:
+    main(["--config", str(recipe(tmp_path, teacher, steps=40, log_every=5)), "--optimizer.lr", "0.01"])
+    run = tmp_path / "run"
+    losses = [entry["loss"] for entry in lines(run) if "loss" in entry]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.1, losses
+    checks = [entry["validation"] for entry in lines(run) if "validation" in entry]
+    assert checks[-1]["cosine"] > 0.1
+    student = faceless.load(run / "student")
+    assert student.embedding_dim == 16
+    assert student.spec.framing == "dlib"
+    record = json.loads((run / "provenance.json").read_text())
+    assert record["real_faces_in_training"] is False
+    assert len(record["sources"][0]["weights_sha256"]) == 64
+    assert yaml.safe_load((run / "settings.yaml").read_text())["optimizer"]["lr"] == 0.01
+    assert "<html" in (run / "report.html").read_text()
+    config = json.loads((run / "student" / "config.json").read_text())
+    assert config["record"]["real_faces_in_training"] is False
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, teacher)
+    main(["--config", str(path), "--output", str(tmp_path / "whole")])
+
+    from distill.checkpoints import Metrics
+
+    class Stop(Exception):
+        pass
+
+    write = Metrics.write
+    for stop in (2, 8, 11):  # before the first checkpoint, between two, just before the end
+
+        def failing(self: Metrics, entry: dict, stop: int = stop) -> None:
+            if entry["step"] > stop:
+                raise Stop
+            write(self, entry)
+
+        monkeypatch.setattr(Metrics, "write", failing)
+        with pytest.raises(Stop):
+            main(["--config", str(path), "--output", str(tmp_path / "torn")])
+    monkeypatch.setattr(Metrics, "write", write)
+    main(["--config", str(path), "--output", str(tmp_path / "torn")])
+    assert student_bytes(tmp_path / "torn") == student_bytes(tmp_path / "whole")
+    timeless = [{k: v for k, v in entry.items() if k != "faces_per_second"} for entry in lines(tmp_path / "torn")]
+    assert timeless == [{k: v for k, v in entry.items() if k != "faces_per_second"} for entry in lines(tmp_path / "whole")]
+
+
+def launch(path: Path, output: Path, *more: str, processes: int = 1) -> subprocess.Popen:
+    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    arguments = ["distill/train.py", "--config", str(path), "--output", str(output), *more]
+    return subprocess.Popen(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_and_resume(path: Path, folder: Path, kills: int, window: float) -> None:
+    """Kill the command ``kills`` times at random moments, then let it end."""
+    numbers = random.Random(0)
+    for _ in range(kills):
+        process = launch(path, folder)
+        time.sleep(numbers.uniform(0, window))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finished(launch(path, folder))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, steps=400, checkpoint_every=20, log_every=20)
+    started = time.monotonic()
+    finished(launch(path, tmp_path / "whole"))
+    kill_and_resume(path, tmp_path / "torn", 10, time.monotonic() - started)
+    assert student_bytes(tmp_path / "torn") == student_bytes(tmp_path / "whole")
+
+
+def test_a_kill_at_a_random_moment(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, steps=60, checkpoint_every=5)
+    started = time.monotonic()
+    finished(launch(path, tmp_path / "whole"))
+    kill_and_resume(path, tmp_path / "torn", 2, time.monotonic() - started)
+    assert student_bytes(tmp_path / "torn") == student_bytes(tmp_path / "whole")
+
+
+def test_two_processes_draw_the_same_faces_and_agree_in_loss(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, steps=20)
+    main(["--config", str(path), "--output", str(tmp_path / "one")])
+    finished(launch(path, tmp_path / "two", processes=2))
+    one, two = ([e for e in lines(tmp_path / name) if "loss" in e] for name in ("one", "two"))
+    assert [e["step"] for e in one] == [e["step"] for e in two] == list(range(1, 21))
+    for a, b in zip(one, two):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), a["step"]
+    checks = [[e["validation"] for e in lines(tmp_path / name) if "validation" in e] for name in ("one", "two")]
+    for a, b in zip(*checks):
+        assert a["cosine"] == pytest.approx(b["cosine"], abs=2e-3)
+
+
+MISTAKES = {
+    "unknown key": (["--stepz", "3"], "stepz"),
+    "unknown nested key": (["--optimizer.lrr", "3"], "optimizer.lr"),
+    "wrong type": (["--steps", "many"], "steps"),
+    "unknown teacher": (["--teacher", "dlib-resnet2"], "dlib-resnet29"),
+    "unknown student": (["--student.name", "slimresne"], "slimresnet"),
+    "dimensions": (["--student.embedding_dim", "8", "--projection", "none"], "student.embedding_dim"),
+    "no recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "uneven": (["--steps", "0"], "steps is 0"),
+    "absent benchmark": (["--verification.benchmark", "lfw-not-here"], "lfw-not-here"),
+}
+if not torch.cuda.is_available():
+    MISTAKES["no gpu"] = (["--device", "cuda"], "device")
+
+
+@pytest.mark.parametrize("arguments, named", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(recipe(tmp_path, teacher)), *arguments])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert named in message
+
+
+def test_a_wrong_key_inside_a_recipe_is_named_with_its_file(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, teacher, optimizer={"warmpu": 3})
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "warmpu" in message and "warmup" in message and "recipe.yaml" in message
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, teacher, steps=3)
+    main(["--config", str(path)])
+    before = student_bytes(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path), "--seed", "5"])
+    assert stop.value.code == 2
+    assert "another seed" in capsys.readouterr().err
+    assert student_bytes(tmp_path / "run") == before
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate that grows past all bounds within a few steps.
+    path = recipe(tmp_path, teacher, steps=200, log_every=7, optimizer={"lr": 1e37, "name": "sgd", "warmup": 60, "clip": 0})
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not a finite number" in message and message.startswith("error: step ")
+    for saved in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        state = torch.load(saved, weights_only=True)
+        assert all(bool(v.isfinite().all()) for v in state["student"].values() if v.is_floating_point())
+        assert str(saved) in message or saved != max((tmp_path / "run" / "checkpoints").glob("*.pt"))
