@@ -126,51 +126,51 @@ def train(settings: Settings[Run]) -> Path:
 
     trained.train()
     objective.train()
-    while step < run.steps:
-        batch = run.source.batch(step)
-        images = run.augment(batch.images.to(device, non_blocking=True), batch.rng)
-        seen = teacher(images, batch)
-        with accelerator.autocast():
-            out = trained(images)
-        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        loss, terms = objective(out, seen, labels)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
-        rate = learning_rate(run.optimizer, step, run.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        follow(average, student, run.ema, step)
-        run.source.feedback(batch, *bare_objective.comparable(out, seen))
-        healthy = loss.detach().isfinite()
-        if accelerator.scaler is None and norm is not None:  # with fp16, steps of infinite gradients are skipped
-            healthy = healthy & norm.isfinite()
-        broken = torch.where((broken < 0) & ~healthy, step, broken)
-        step += 1
-        bar.update()
+    with bar:
+        while step < run.steps:
+            batch = run.source.batch(step)
+            images = run.augment(batch.images.to(device, non_blocking=True), batch.rng)
+            seen = teacher(images, batch)
+            with accelerator.autocast():
+                out = trained(images)
+            labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+            loss, terms = objective(out, seen, labels)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
+            rate = learning_rate(run.optimizer, step, run.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            follow(average, student, run.ema, step)
+            run.source.feedback(batch, *bare_objective.comparable(out, seen))
+            healthy = loss.detach().isfinite()
+            if accelerator.scaler is None and norm is not None:  # with fp16, steps of infinite gradients are skipped
+                healthy = healthy & norm.isfinite()
+            broken = torch.where((broken < 0) & ~healthy, step, broken)
+            step += 1
+            bar.update()
 
-        if step % run.log_every == 0 or step == run.steps:
-            loss, *values = accelerator.reduce(torch.stack([loss.detach(), *terms.values()]), "mean").tolist()
-            stop_if_broken(broken, checkpoints, accelerator)
-            now = time.perf_counter()
-            speed = (step - since_step) * run.batch_size / (now - since)
-            since, since_step = now, step
-            named = dict(zip(terms, values))
-            bar.set_postfix(loss=f"{loss:.3f}", faces_per_s=f"{speed:.0f}")
-            entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 1)}
-            if metrics:
-                metrics.write(entry)
-            accelerator.log({"loss": loss, "lr": rate, "faces_per_second": speed} | named, step=step)
-        if run.validation.faces and (step % run.validation.every == 0 or step == run.steps):
-            agreement = validator(average)
-            if metrics:
-                metrics.write({"step": step, "validation": agreement})
-            accelerator.log({f"validation/{name}": value for name, value in agreement.items()}, step=step)
-            since, since_step = time.perf_counter(), step
-        if step % run.checkpoint_every == 0 or step == run.steps:
-            save()
-    bar.close()
+            if step % run.log_every == 0 or step == run.steps:
+                loss, *values = accelerator.reduce(torch.stack([loss.detach(), *terms.values()]), "mean").tolist()
+                stop_if_broken(broken, checkpoints, accelerator)
+                now = time.perf_counter()
+                speed = (step - since_step) * run.batch_size / (now - since)
+                since, since_step = now, step
+                named = dict(zip(terms, values))
+                bar.set_postfix(loss=f"{loss:.3f}", faces_per_s=f"{speed:.0f}")
+                entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 1)}
+                if metrics:
+                    metrics.write(entry)
+                accelerator.log({"loss": loss, "lr": rate, "faces_per_second": speed} | named, step=step)
+            if run.validation.faces and (step % run.validation.every == 0 or step == run.steps):
+                agreement = validator(average)
+                if metrics:
+                    metrics.write({"step": step, "validation": agreement})
+                accelerator.log({f"validation/{name}": value for name, value in agreement.items()}, step=step)
+                since, since_step = time.perf_counter(), step
+            if step % run.checkpoint_every == 0 or step == run.steps:
+                save()
     accelerator.end_training()
     accelerator.wait_for_everyone()
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {"relu": lambda _: nn.ReLU(inplace=True), "prelu": nn.PReLU}
-STEMS = ("conv7", "conv3", "space2depth")
+STEMS = {"conv3": 3, "conv5": 5, "conv7": 7, "space2depth": 3}
+HEADS = ("mean", "flat")
 
 
 class Block(nn.Module):
@@ -43,18 +44,20 @@ class SlimResNet(nn.Module):
 
     Args:
         embedding_dim: D.
-        input_size: pixels it will see; the layers do not depend on it.
-        stem: ``"conv7"`` or ``"conv3"``, one convolution of stride 2; or ``"space2depth"``, blocks of 4 x 4 pixels as
-            48 channels and a 3x3 convolution, so that the first stage works on a quarter of the side.
+        input_size: pixels it will see; only the ``flat`` head depends on it.
+        stem: ``"conv7"``, ``"conv5"`` or ``"conv3"``, one convolution of stride 2; or ``"space2depth"``, blocks of
+            4 x 4 pixels as 48 channels and a 3x3 convolution, so that the first stage works on a quarter of the side.
         pool: a 3x3 max pool of stride 2 after the stem.
         widths: channels of the stages; each stage after the first halves the map.
         depths: residual blocks of the stages.
         width: multiplies ``widths`` (to multiples of 8).
         activation: ``"relu"`` or ``"prelu"``.
+        head: ``"mean"`` averages the last map before the linear layer; ``"flat"`` keeps its places apart, which on
+            aligned faces tells eyes from mouths (ArcFace, Deng et al., CVPR 2019, section 3.1, argues the same).
         zero_init: start every residual branch at zero (Goyal et al., arXiv 1706.02677, section 5.1).
 
     Raises:
-        ValueError: unknown stem or activation, or widths and depths that do not fit together.
+        ValueError: unknown stem, head or activation, or widths and depths that do not fit together.
 
     >>> sum(p.numel() for p in SlimResNet(embedding_dim=128).parameters())
     1617376
@@ -71,11 +74,14 @@ class SlimResNet(nn.Module):
         depths: Sequence[int] = (2, 2, 2, 2),
         width: float = 1.0,
         activation: str = "relu",
+        head: str = "mean",
         zero_init: bool = True,
     ):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem is {stem!r}; use {' or '.join(STEMS)}")
+        if head not in HEADS:
+            raise ValueError(f"head is {head!r}; use {' or '.join(HEADS)}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; use {' or '.join(ACTIVATIONS)}")
         channels = [max(8, round(w * width / 8) * 8) for w in widths]
@@ -91,7 +97,7 @@ class SlimResNet(nn.Module):
         if stem == "space2depth":
             layers = [nn.PixelUnshuffle(4), nn.Conv2d(48, first, 3, padding=1, bias=False)]
         else:
-            kernel = 7 if stem == "conv7" else 3
+            kernel = STEMS[stem]
             layers = [nn.Conv2d(3, first, kernel, 2, kernel // 2, bias=False)]
         layers += [nn.BatchNorm2d(first), ACTIVATIONS[activation](first)]
         self.stem = nn.Sequential(*layers, *([nn.MaxPool2d(3, 2, 1)] if pool else []))
@@ -101,7 +107,11 @@ class SlimResNet(nn.Module):
             stages.append(nn.Sequential(*blocks, *(Block(outputs, outputs, 1, activation) for _ in range(depth - 1))))
             inputs = outputs
         self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(inputs, embedding_dim)
+        side = -(-input_size // (4 if stem == "space2depth" else 2))
+        for _ in range(len(stages) - 1 + pool):
+            side = -(-side // 2)
+        self.head = head
+        self.fc = nn.Linear(inputs * (side**2 if head == "flat" else 1), embedding_dim)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -109,4 +119,5 @@ class SlimResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.stages(self.stem(x)).mean((2, 3)))
+        maps = self.stages(self.stem(x))
+        return self.fc(maps.flatten(1) if self.head == "flat" else maps.mean((2, 3)))

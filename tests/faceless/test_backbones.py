@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -159,7 +161,7 @@ def test_width_multiplies():
         ("slimresnet", {"widths": (8,), "depths": (1, 1)}, "one of each for every stage"),
         ("slimresnet", {"widths": 8}, "slimresnet: "),
         ("slimresnet", {"depths": (10**9,), "widths": (8,)}, "200 in all"),
-        ("slimresnet", {"stem": "conv5"}, "stem is 'conv5'"),
+        ("slimresnet", {"stem": "conv9"}, "stem is 'conv9'"),
         ("slimresnet", {"input_size": 8}, "use 32 or more"),
         ("mobilefacenet", {"width": 0}, "width is 0"),
         ("mobilefacenet", {"activation": "gelu"}, "activation is 'gelu'"),
@@ -172,3 +174,12 @@ def test_width_multiplies():
 def test_wrong_options_are_one_line(name, options, message):
     with pytest.raises(InputError, match=message):
         faceless.create(name, **options)
+
+
+@pytest.mark.parametrize(("stem", "pool", "size"), [("conv5", False, 64), ("conv3", True, 50), ("conv7", False, 112)])
+def test_slimresnet_flat_head_fits_its_last_map(stem, pool, size):
+    widths, depths = (8, 16, 24), (1, 1, 1)
+    net = SlimResNet(embedding_dim=5, input_size=size, stem=stem, pool=pool, widths=widths, depths=depths, head="flat")
+    assert net(torch.zeros(2, 3, size, size)).shape == (2, 5)
+    halvings = 3 + pool
+    assert net.fc.in_features == 24 * math.ceil(size / 2**halvings) ** 2
