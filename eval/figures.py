@@ -134,30 +134,46 @@ def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[corner], y[corner]
 
 
-def _band(scores: Scores, grid: np.ndarray, replicates: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """95 % interval of the TAR at each rate of ``grid``, resampling people."""
-    if scores.genuine_people is None or scores.impostor_people is None or not replicates:
-        return None
-    people = int(max(scores.genuine_people.max(), scores.impostor_people.max())) + 1
-    weights = metrics.resamples(people, replicates)
-    again = metrics.bootstrap(
-        scores.genuine, scores.impostor, scores.genuine_people, scores.impostor_people, weights, tuple(grid.tolist())
-    )
-    low, high = np.nanquantile(again.tar, [0.025, 0.975], axis=0)
-    return low, high
+@dataclass(frozen=True)
+class Band:
+    """95 % interval ``low``, ``high`` ``[K]`` of the TAR at the false match rates ``fmr [K]``."""
+
+    fmr: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
-def roc(named: Mapping[str, Scores], replicates: int = 1000, lowest: float = 1e-4) -> str:
-    """ROC with a logarithmic false match rate: exact step curves, 95 % bands where it is known whose the pairs are."""
+def bands(named: Mapping[str, Scores], replicates: int = 1000) -> dict[str, Band]:
+    """Bands of those models of which it is known whose the pairs are, from resampling people; none of 0 replicates."""
+    found = {}
+    for label, scores in named.items():
+        if scores.genuine_people is None or scores.impostor_people is None or not replicates:
+            continue
+        people = int(max(scores.genuine_people.max(), scores.impostor_people.max())) + 1
+        rates = np.geomspace(1 / len(scores.impostor), 1, 97)
+        again = metrics.bootstrap(
+            scores.genuine,
+            scores.impostor,
+            scores.genuine_people,
+            scores.impostor_people,
+            metrics.resamples(people, replicates),
+            tuple(rates.tolist()),
+        )
+        low, high = np.nanquantile(again.tar, [0.025, 0.975], axis=0)
+        found[label] = Band(rates, low, high)
+    return found
+
+
+def roc(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None, lowest: float = 1e-4) -> str:
+    """ROC with a logarithmic false match rate: exact step curves, perhaps with their `bands`."""
     with _styled():
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axes = figure.add_subplot()
         palette = colors(named)
-        grid = np.geomspace(lowest, 1, 81)
         for label, scores in named.items():
-            band = _band(scores, grid, replicates)
+            band = (shaded or {}).get(label)
             if band is not None:
-                axes.fill_between(grid, *band, color=palette[label], alpha=0.16, linewidth=0)
+                axes.fill_between(band.fmr, band.low, band.high, color=palette[label], alpha=0.16, linewidth=0)
             points = metrics.curve(scores.genuine, scores.impostor)
             x, y = _steps(points.fmr, points.tar)
             axes.step(x, y, where="post", color=palette[label], linestyle=DASHES.get(label, "-"), label=label)
@@ -179,7 +195,7 @@ def _tar(scores: Scores, far: float) -> float:
     return metrics.tar_at_far(scores.genuine, scores.impostor, far).tar
 
 
-def det(named: Mapping[str, Scores], replicates: int = 1000) -> str:
+def det(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None) -> str:
     """DET, both error rates logarithmic; step curves that end where one error in all comparisons would be."""
     with _styled():
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
@@ -190,9 +206,9 @@ def det(named: Mapping[str, Scores], replicates: int = 1000) -> str:
         axes.plot([1e-9, 1], [1e-9, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), label="EER line")
         for label, scores in named.items():
             first = 1 / len(scores.impostor)
-            band = _band(scores, grid := np.geomspace(first, 1, 81), replicates)
+            band = (shaded or {}).get(label)
             if band is not None:
-                axes.fill_between(grid, 1 - band[1], 1 - band[0], color=palette[label], alpha=0.16, linewidth=0)
+                axes.fill_between(band.fmr, 1 - band.high, 1 - band.low, color=palette[label], alpha=0.16, linewidth=0)
             points = metrics.curve(scores.genuine, scores.impostor)
             x, y = _steps(points.fmr, points.fnmr)
             # Nothing accepted wrongly, or nothing rejected wrongly, is no place on a logarithmic axis.

@@ -97,10 +97,15 @@ def curve(genuine: Any, impostor: Any) -> Curve:
 
 def allowed_errors(rate: float, count: int) -> int:
     """``floor(rate * count)`` with ``rate`` as the decimal it is written as: 0.29 of 100 is 29, not 28."""
+    numerator, denominator = _decimal(rate)
+    return numerator * int(count) // denominator
+
+
+def _decimal(rate: float) -> tuple[int, int]:
     exact = Fraction(str(rate))
     if not 0 <= exact <= 1:
         raise ValueError(f"a rate lies between 0 and 1, not {rate}")
-    return exact.numerator * int(count) // exact.denominator
+    return exact.numerator, exact.denominator
 
 
 @dataclass(frozen=True)
@@ -394,6 +399,7 @@ def bootstrap(
     impostor_over = np.searchsorted(-impostor, -genuine, side="left")
     impostor_from = np.searchsorted(-impostor, -genuine, side="right")
 
+    rates = [_decimal(far) for far in fars]
     replicates = len(weights)
     result = Bootstrap(
         tuple(fars), np.full(replicates, np.nan), np.full(replicates, np.nan), np.full((replicates, len(fars)), np.nan)
@@ -407,7 +413,7 @@ def bootstrap(
         all_genuine, all_impostor = int(passed[-1]), int(matched[-1])
         if not all_genuine or not all_impostor:
             continue
-        k = [allowed_errors(far, all_impostor) for far in fars]
+        k = [numerator * all_impostor // denominator for numerator, denominator in rates]
         refused = np.searchsorted(matched[1:], k, side="right")
         result.tar[row] = passed[genuine_over[refused]] / all_genuine
         # A genuine score wins against the impostors below it and half of those that equal it.

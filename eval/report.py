@@ -69,7 +69,9 @@ def _context(run: Path) -> dict[str, Any]:
     if rows:
         svgs["cost"] = figures.accuracy_and_cost(rows)
     if scores:
-        svgs |= {"roc": figures.roc(scores), "det": figures.det(scores), "scores": figures.score_histograms(scores)}
+        shaded = figures.bands(scores)
+        svgs |= {"roc": figures.roc(scores, shaded), "det": figures.det(scores, shaded)}
+        svgs["scores"] = figures.score_histograms(scores)
     sources = provenance.get("sources") or []
     real = provenance.get("real_faces_in_training")
     settings = run / "settings.yaml"

@@ -277,8 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         folder = Path(options.figures)
         named = {result.model: figures.Scores(**result.arrays()) for result in results}
-        atomic_write(folder / "roc.svg", figures.roc(named, options.bootstrap))
-        atomic_write(folder / "det.svg", figures.det(named, options.bootstrap))
+        shaded = figures.bands(named, options.bootstrap)
+        atomic_write(folder / "roc.svg", figures.roc(named, shaded))
+        atomic_write(folder / "det.svg", figures.det(named, shaded))
         atomic_write(folder / "scores.svg", figures.score_histograms(named))
 
 

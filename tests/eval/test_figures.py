@@ -23,8 +23,8 @@ def scores(separation: float, seed: int = 0) -> figures.Scores:
 NAMED = {"teacher": scores(4), "student": scores(3), "untrained student": scores(0.2)}
 ROWS = [{"label": label, "tar_at_far": {"1e-3": 0.5}} for label in NAMED]
 DRAWN = {
-    "roc": lambda: figures.roc(NAMED, replicates=50),
-    "det": lambda: figures.det(NAMED, replicates=50),
+    "roc": lambda: figures.roc(NAMED, figures.bands(NAMED, 50)),
+    "det": lambda: figures.det(NAMED, figures.bands(NAMED, 50)),
     "scores": lambda: figures.score_histograms(NAMED),
     "loss": lambda: figures.losses([1, 2, 3], [3.0, 2.0, 1.0], {"a": [2.0, 1.0, 0.5], "b": [1.0, 1.0, 0.5]}),
     "validation": lambda: figures.validation([1, 2], {"cosine": [0.1, 0.2]}),
@@ -56,12 +56,16 @@ def test_thinned_steps_are_the_same_function():
 
 
 def test_the_band_contains_the_curve_and_needs_people():
-    grid = np.geomspace(1e-2, 1, 9)
-    low, high = figures._band(NAMED["student"], grid, 200)
-    tar = [metrics.tar_at_far(NAMED["student"].genuine, NAMED["student"].impostor, far).tar for far in grid.tolist()]
-    assert (low <= tar).all()
-    assert (tar <= high).all()
-    assert figures._band(figures.Scores(NAMED["student"].genuine, NAMED["student"].impostor), grid, 200) is None
+    student = NAMED["student"]
+    nameless = figures.Scores(student.genuine, student.impostor)
+    shaded = figures.bands({"student": student, "nameless": nameless}, 200)
+    assert list(shaded) == ["student"]
+    band = shaded["student"]
+    tar = [metrics.tar_at_far(student.genuine, student.impostor, far).tar for far in band.fmr.tolist()]
+    assert (band.low <= tar).all()
+    assert (tar <= band.high).all()
+    assert (band.high - band.low).max() > 0.02
+    assert figures.bands(NAMED, 0) == {}
 
 
 def test_running_mean_is_centered_and_shrinks_at_the_ends():
