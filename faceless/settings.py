@@ -15,7 +15,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -136,7 +136,8 @@ def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str
         group = re.search(r"Group '([^']*)'", rest)
         prefix = ".".join([*path, *([group[1]] if group else [])])
         full = f"{prefix}.{name}" if prefix else name
-        rest = f"unknown key {full!r}; {suggest(name, _keys(parser, classes, group[1] if group else '', name))}"
+        inside = group[1] if group else ".".join(path)
+        rest = f"unknown key {full!r}; {suggest(name, _keys(parser, classes, inside, name))}"
     elif path:
         rest = f"{'.'.join(path)}: {rest}"
     rest = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", rest)
@@ -158,6 +159,10 @@ def _keys(parser: ArgumentParser, classes: list[str], group: str, name: str) -> 
     if classes:
         return [key for key in inspect.signature(_imported(classes[-1])).parameters if key != "self"]
     known = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+    # A dataclass that may also be null is one action, whose keys only its type knows.
+    hints = [get_args(getattr(a, "_typehint", None)) for a in parser._actions if a.dest == group]
+    if optional := [hint for choices in hints for hint in choices if is_dataclass(hint)]:
+        return [field.name for field in fields(optional[0])]
     if group:
         return [key.removeprefix(f"{group}.") for key in known if key.startswith(f"{group}.")]
     return known if "." in name else [key for key in known if "." not in key]

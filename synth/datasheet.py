@@ -15,7 +15,7 @@ def datasheet(manifest: dict[str, Any]) -> str:
     rejected = counts["rejected"]
     rows = "\n".join(f"| {reason} | {number:,} |" for reason, number in sorted(rejected.items())) or "| none | 0 |"
     licences = "\n".join(f"- {entry['what']}: {entry['licence']}" for entry in manifest["licences"])
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest["versions"].items()))
     framing = manifest["settings"]["align"]
     crop = "Faces are as the generator made them."
     if framing:
@@ -34,8 +34,9 @@ Unlabeled faces for distilling a face recognizer without using pictures of real 
   trained on may still have been; see its licence below. A face may resemble somebody by chance, or because a generator
   remembers its training data; this corpus was not audited for that.
 - No identity, age, sex or other attribute is recorded, and none was estimated.
-- Columns: {", ".join(manifest["columns"])}. `index` is the number of the candidate and, with `seed`, determines
-  latent and face; `size` is the length of the encoded image in bytes.
+- Columns: {", ".join(manifest["columns"])}.
+  `index` is the number of the candidate and, with `seed`, determines latent and face; `size` is the length of the
+  encoded image in bytes.
 
 ## Collection
 - Generator {generator["generator"]}, weights SHA-256 {generator.get("weights_sha256") or "none (untrained)"}.

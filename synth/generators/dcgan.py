@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from faceless import assets
 from faceless.errors import InputError
+from faceless.randomness import Rng
 from synth.generators.base import Generator
 
 
@@ -20,8 +21,9 @@ class DCGAN(Generator):
     Args:
         weights: a checkpoint holding ``netG_state_dict`` or a bare state dict, or ``"digiface"`` for the asset
             ``gan-face-generate`` (MIT; trained on computer-rendered faces, so no real face stands behind it).
-            None leaves random weights.
+            None draws random weights (He et al., ICCV 2015), for trying things out.
         latent_dim, channels: z dimension and the width of the last hidden layer.
+        seed: of random weights.
 
     Shape:
         latents ``[B, latent_dim]``; faces ``[B, 3, 64, 64]``.
@@ -29,7 +31,9 @@ class DCGAN(Generator):
 
     face_size = 64
 
-    def __init__(self, weights: str | Path | None = "digiface", *, latent_dim: int = 100, channels: int = 64):
+    def __init__(
+        self, weights: str | Path | None = "digiface", *, latent_dim: int = 100, channels: int = 64, seed: int = 0
+    ):
         super().__init__()
         self.latent_shape = (latent_dim,)
         layers: list[nn.Module] = []
@@ -43,9 +47,20 @@ class DCGAN(Generator):
             ]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(channels, 3, 4, 2, 1, bias=False), nn.Tanh())
         self.weights_sha256: str | None = None
-        if weights is not None:
+        if weights is None:
+            self.draw_weights(seed)
+        else:
             self.load(weights)
         self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def draw_weights(self, seed: int) -> None:
+        """Random convolutions that keep the variance of what passes through; batch norm starts as identity."""
+        for i, layer in enumerate(self.main):
+            if isinstance(layer, nn.ConvTranspose2d):
+                taps = layer.in_channels * (1 if i == 0 else 4)  # inputs that meet in one output pixel
+                rows = Rng.of(seed, f"dcgan/{i}", range(layer.in_channels)).normal(*layer.weight.shape[1:])
+                layer.weight.copy_(rows * (2 / taps) ** 0.5)
 
     def load(self, weights: str | Path) -> None:
         if str(weights) == "digiface":
