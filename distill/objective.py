@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distill.losses.base import Loss
 from distill.losses.embedding import Centering
-from faceless.errors import InputError
-from faceless.recognizer import Output
+from faceless.errors import InputError, suggest
+from faceless.recognizer import Output, Recognizer
 
 
 class Objective(nn.Module):
@@ -65,16 +65,47 @@ class Objective(nn.Module):
         """Names of the losses that need labels."""
         return [name for name, loss in self.losses.items() if loss.needs_labels]
 
-    def check(self) -> None:
-        """Refuse losses that need what neither network can say.
+    @property
+    def student_features(self) -> tuple[str, ...]:
+        """Sub-modules of the student's backbone whose outputs the losses want."""
+        return tuple(dict.fromkeys(name for loss in self.losses.values() for name in loss.student_features))
+
+    @property
+    def teacher_features(self) -> tuple[str, ...]:
+        """The same of the teacher's."""
+        return tuple(dict.fromkeys(name for loss in self.losses.values() for name in loss.teacher_features))
+
+    @torch.no_grad()
+    def probe(self, student: Recognizer, teacher: Recognizer) -> None:
+        """Show the losses what both networks say of two blank faces: adapters are built, and misfits show here.
 
         Raises:
-            InputError: naming the loss.
+            InputError: a network lacks a feature or logits that a loss wants, or a loss refuses their shapes.
         """
+        faces = torch.full((2, 3, 112, 112), 127.0)
+        outputs = []
+        for who, network, names in (
+            ("student", student, self.student_features),
+            ("teacher", teacher, self.teacher_features),
+        ):
+            training = network.training
+            network.eval()
+            try:
+                outputs.append(network(faces, features=names))
+            except AttributeError as error:
+                layers = [name for name, _ in network.backbone.named_modules() if name]
+                missing = next((name for name in names if name not in layers), str(error))
+                raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
+            network.train(training)
+        self.eval()
         for name, loss in self.losses.items():
-            if loss.needs_features or loss.needs_logits:
-                what = "feature maps" if loss.needs_features else "logits over the same classes"
-                raise InputError(f"losses.{name}: {type(loss).__name__} needs {what} of student and teacher")
+            try:
+                loss.prepare(*outputs)
+                s, t = self.comparable(*outputs)
+                loss(s, t, torch.zeros(2, dtype=torch.long) if loss.needs_labels else None)
+            except ValueError as error:
+                raise InputError(f"losses.{name}: {error}") from error
+        self.train()
 
     @torch.no_grad()
     def comparable(self, student: Output, teacher: Output) -> tuple[Output, Output]:

@@ -114,8 +114,10 @@ class Run:
         output: folder of the run; an existing one of the same settings is resumed.
         student: the network to train.
         augment: what is done to the faces that teacher and student see.
+        teacher_sees: ``view``: the augmented face that the student sees; or ``face``: the face before augmentation,
+            so that the student learns to see through the augmentation.
         teacher_cache: folder to keep the teacher's embeddings of all views of a fixed set of faces in, so that it runs
-            once per view instead of once per step; None asks it at every step. Needs the source's ``views``.
+            once per view instead of once per step; None asks it at every step. Views need the source's ``views``.
         center: subtract the teacher's mean embedding from its embeddings before any loss.
         projection: how a student of another D meets the teacher: ``linear`` (trained along, dropped at the end), or
             ``none`` (an error).
@@ -139,6 +141,7 @@ class Run:
     output: str = "runs/run"
     student: Student = field(default_factory=Student)
     augment: Augment = field(default_factory=Augment)
+    teacher_sees: Literal["view", "face"] = "view"
     teacher_cache: str | None = None
     center: bool = False
     projection: Literal["linear", "none"] = "linear"

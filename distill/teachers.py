@@ -28,10 +28,14 @@ class FrozenTeacher(nn.Module):
     Args:
         recognizer: any; put in eval mode and frozen.
         autocast: dtype of its forward pass, None for float32.
+        features: sub-modules of its backbone whose outputs are wanted too.
     """
 
-    def __init__(self, recognizer: Recognizer, autocast: torch.dtype | None = None):
+    def __init__(
+        self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()
+    ):
         super().__init__()
+        self.features = features
         self.recognizer = recognizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.autocast = autocast
 
@@ -44,7 +48,7 @@ class FrozenTeacher(nn.Module):
         """What the teacher says about ``images [B, 3, H, W]``, in float32."""
         device = images.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            out = self.recognizer(images)
+            out = self.recognizer(images, features=self.features)
         return Output(out.embedding.float(), None if out.logits is None else out.logits.float(), out.features)
 
     def forward(self, images: Tensor, batch: Batch) -> Output:
@@ -61,8 +65,8 @@ class CachedTeacher(FrozenTeacher):
     Args:
         recognizer, autocast: as in `FrozenTeacher`.
         folder: where caches are kept.
-        source: must have a fixed number of views.
-        augment: the augmentation of the run.
+        source: whose faces; with ``augment`` it must have a fixed number of views.
+        augment: the augmentation of the run, or None where the teacher sees the faces as they are: one view each.
         seed: of the run.
     """
 
@@ -73,18 +77,18 @@ class CachedTeacher(FrozenTeacher):
         *,
         folder: Path,
         source: Rows,
-        augment: Augment,
+        augment: Augment | None,
         seed: int,
     ):
         super().__init__(recognizer, autocast)
-        if source.views is None:
+        if augment is not None and source.views is None:
             raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
         self.source, self.augment = source, augment
+        self.views = 1 if augment is None else source.views or 0
         key = {
             "teacher": recognizer.source.get("sha256") or recognizer.name,
             "faces": source.fingerprint(),
-            "augment": asdict(augment),
-            "seed": seed,
+            "augment": None if augment is None else asdict(augment) | {"seed": seed},
             "size": source.size,
             "precision": str(autocast),
             "layout": 1,
@@ -99,8 +103,7 @@ class CachedTeacher(FrozenTeacher):
 
     def missing(self) -> list[tuple[int, int]]:
         """``(view, part)`` of what is still to be computed."""
-        views = range(self.source.views or 0)
-        return [(view, part) for view in views for part in range(self.parts) if not self.path(view, part).is_file()]
+        return [(view, part) for view in range(self.views) for part in range(self.parts) if not self.path(view, part).is_file()]
 
     def fill(self, rank: int, processes: int, device: torch.device, progress: Callable[[Iterable], Iterable]) -> None:
         """Compute this process's share of what is missing; call it in every process, then wait for all."""
@@ -111,7 +114,9 @@ class CachedTeacher(FrozenTeacher):
             found = []
             for chunk in rows.split(CHUNK):
                 faces = self.source.faces(chunk).to(device)
-                found.append(self.see(self.augment(faces, self.source.augmentation(chunk, view))).embedding.cpu())
+                if self.augment is not None:
+                    faces = self.augment(faces, self.source.augmentation(chunk, view))
+                found.append(self.see(faces).embedding.cpu())
             path = self.path(view, part)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -120,7 +125,7 @@ class CachedTeacher(FrozenTeacher):
     def mean(self) -> Tensor:
         """``[D]``: mean embedding over all cached views, float32."""
         total, count = torch.zeros(self.recognizer.embedding_dim, dtype=torch.float64), 0
-        for view in range(self.source.views or 0):
+        for view in range(self.views):
             for part in range(self.parts):
                 block = torch.from_numpy(np.array(self._part(view, part)))
                 total += block.double().sum(0)
@@ -143,9 +148,10 @@ class CachedTeacher(FrozenTeacher):
     def forward(self, images: Tensor, batch: Batch) -> Output:
         if batch.rows is None or batch.view is None:
             raise InputError("teacher_cache needs a source whose faces recur, such as CorpusSource")
+        view = 0 if self.augment is None else batch.view
         found = torch.empty(len(batch.rows), self.recognizer.embedding_dim)
         where = batch.rows // PART
         for part in where.unique().tolist():
             chosen = where == part
-            found[chosen] = torch.from_numpy(self._part(batch.view, part)[(batch.rows[chosen] % PART).numpy()])
+            found[chosen] = torch.from_numpy(self._part(view, part)[(batch.rows[chosen] % PART).numpy()])
         return Output(found.to(images.device, non_blocking=True))

@@ -129,10 +129,11 @@ def train(settings: Settings[Run]) -> Path:
     with bar:
         while step < run.steps:
             batch = run.source.batch(step)
-            images = run.augment(batch.images.to(device, non_blocking=True), batch.rng)
-            seen = teacher(images, batch)
+            faces = batch.images.to(device, non_blocking=True)
+            images = run.augment(faces, batch.rng)
+            seen = teacher(images if run.teacher_sees == "view" else faces, batch)
             with accelerator.autocast():
-                out = trained(images)
+                out = trained(images, features=bare_objective.student_features)
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
             loss, terms = objective(out, seen, labels)
             accelerator.backward(loss)
@@ -233,7 +234,7 @@ def make_objective(run: Run, student: Recognizer, teacher: Recognizer) -> Object
         center=run.center,
         projection=run.projection,
     )
-    objective.check()
+    objective.probe(student, teacher)
     return objective
 
 
@@ -242,11 +243,14 @@ def make_teacher(run: Run, net: Recognizer, objective: Objective, accelerator: A
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     net = net.to(accelerator.device)
     if run.teacher_cache is None:
-        return FrozenTeacher(net, dtype)
+        return FrozenTeacher(net, dtype, objective.teacher_features)
     if not isinstance(run.source, Rows):
         raise InputError(f"teacher_cache: {type(run.source).__name__} never shows a face twice; remove teacher_cache")
+    augment = run.augment if run.teacher_sees == "view" else None
+    if objective.teacher_features:
+        raise InputError(f"teacher_cache keeps embeddings only, and the losses want {objective.teacher_features[0]!r}")
     teacher = CachedTeacher(
-        net, dtype, folder=Path(run.teacher_cache), source=run.source, augment=run.augment, seed=run.seed
+        net, dtype, folder=Path(run.teacher_cache), source=run.source, augment=augment, seed=run.seed
     )
     hidden = not accelerator.is_local_main_process
     teacher.fill(

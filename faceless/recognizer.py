@@ -132,7 +132,10 @@ class Recognizer(nn.Module):
         hooks = []
         for wanted in features:
             module = self.backbone.get_submodule(wanted)
-            hooks.append(module.register_forward_hook(lambda _m, _i, out, key=wanted: found.__setitem__(key, out)))
+            # A copy: the next layer may be one that works in place.
+            hooks.append(
+                module.register_forward_hook(lambda _m, _i, out, key=wanted: found.__setitem__(key, out.clone()))
+            )
         try:
             result = self.backbone(self.preprocess(images))
         finally:

@@ -98,3 +98,14 @@ def test_a_frozen_teacher_stays_frozen() -> None:
     teacher.see(torch.rand(4, 3, 32, 32) * 255)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+def test_a_teacher_of_plain_faces_answers_once_for_all_views(source: FolderSource, tmp_path: Path) -> None:
+    teacher = CachedTeacher(net(), None, folder=tmp_path, source=source, augment=None, seed=3)
+    teacher.fill(0, 1, torch.device("cpu"), list)
+    assert len(list(teacher.folder.rglob("*.npy"))) == 1
+    asked = FrozenTeacher(net())
+    for step in range(6):
+        batch = source.batch(step)
+        truth = asked.see(batch.images).embedding
+        torch.testing.assert_close(teacher(batch.images, batch).embedding, truth, atol=1e-4, rtol=1e-4)
