@@ -1,8 +1,9 @@
 """Augmentations of a batch of faces, drawn per sample and applied on the device the batch is on.
 
-Teacher and student see the same augmented face: the target of a changed face is what the teacher says about that change
-("function matching", Beyer et al., CVPR 2022). Every number drawn depends only on the sample (see `faceless.randomness`),
-so a view can be drawn again later, on any batch split, which is what lets teacher embeddings be cached.
+By default teacher and student see the same augmented face: the target of a changed face is what the teacher says about
+it ("function matching", Beyer et al., CVPR 2022). Every number drawn depends only on the sample (see
+`faceless.randomness`), so a view can be drawn again later, on any batch split, which is what lets teacher embeddings be
+cached.
 """
 
 from __future__ import annotations

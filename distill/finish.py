@@ -50,7 +50,7 @@ def finish(
     objective: Objective,
     benchmark: Benchmark | None,
 ) -> None:
-    """Write ``student/``, ``provenance.json``, ``faces.npz``, ``verification.json``, ``scores.npz``, ``report.html``."""
+    """Write ``student/``, the record, a sample of faces, the verification and ``report.html``."""
     provenance = make_record(run, teacher.recognizer, benchmark)
     atomic_write(output / "provenance.json", json.dumps(provenance, indent=1, default=str) + "\n")
     student = student.cpu().eval()
@@ -124,10 +124,9 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
             found = verify(model, faces, flip=chosen.flip, bootstrap=chosen.bootstrap, seed=run.seed)
             results[name].append({"label": label} | found.summary() | {"efficiency": costs[label]})
             if name == "all":
-                scores[f"{label}/genuine"] = found.genuine.astype(np.float32)
-                scores[f"{label}/impostor"] = found.impostor.astype(np.float32)
+                scores |= {f"{label}/{key}": array for key, array in found.arrays().items()}
     with atomic_path(output / "scores.npz") as path, path.open("wb") as file:
-        np.savez_compressed(file, **scores)
+        np.savez_compressed(file, **scores)  # type: ignore[arg-type]
     verification = {"benchmark": benchmark.name, "flip": chosen.flip, "subsets": results}
     atomic_write(output / "verification.json", json.dumps(verification, indent=1) + "\n")
     show(benchmark.name, results)

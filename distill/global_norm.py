@@ -5,6 +5,8 @@ PyTorch's own SyncBatchNorm wants CUDA. This one lets a run on several CPU proce
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,7 +35,14 @@ def _normalize(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     if not layer.training or processes() == 1:
         use_batch = layer.training or layer.running_mean is None
         return F.batch_norm(
-            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, use_batch, layer.momentum or 0.0, layer.eps
+            x,
+            layer.running_mean,
+            layer.running_var,
+            layer.weight,
+            layer.bias,
+            use_batch,
+            layer.momentum or 0.0,
+            layer.eps,
         )
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     axes = [0, *range(2, x.ndim)]
@@ -70,12 +79,15 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return _normalize(self, x)
 
 
-def globalize(module: nn.Module, device: torch.device) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def globalize(module: Network, device: torch.device) -> Network:
     """Give every batch norm below ``module`` the statistics of all processes; parameters and keys stay as they are."""
     if processes() == 1:
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     for layer in module.modules():
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = GlobalBatchNorm2d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +61,24 @@ class Objective(nn.Module):
                 )
             self.projection = nn.Linear(student_dim, teacher_dim, bias=False)
 
+    def terms(self) -> list[tuple[str, Loss]]:
+        """The losses with their names."""
+        return [(name, cast(Loss, loss)) for name, loss in self.losses.items()]
+
     @property
     def needs_labels(self) -> list[str]:
         """Names of the losses that need labels."""
-        return [name for name, loss in self.losses.items() if loss.needs_labels]
+        return [name for name, loss in self.terms() if loss.needs_labels]
 
     @property
     def student_features(self) -> tuple[str, ...]:
         """Sub-modules of the student's backbone whose outputs the losses want."""
-        return tuple(dict.fromkeys(name for loss in self.losses.values() for name in loss.student_features))
+        return tuple(dict.fromkeys(name for _, loss in self.terms() for name in loss.student_features))
 
     @property
     def teacher_features(self) -> tuple[str, ...]:
         """The same of the teacher's."""
-        return tuple(dict.fromkeys(name for loss in self.losses.values() for name in loss.teacher_features))
+        return tuple(dict.fromkeys(name for _, loss in self.terms() for name in loss.teacher_features))
 
     @torch.no_grad()
     def probe(self, student: Recognizer, teacher: Recognizer) -> None:
@@ -98,7 +103,7 @@ class Objective(nn.Module):
                 raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
             network.train(training)
         self.eval()
-        for name, loss in self.losses.items():
+        for name, loss in self.terms():
             try:
                 loss.prepare(*outputs)
                 s, t = self.comparable(*outputs)
@@ -124,6 +129,6 @@ class Objective(nn.Module):
             student = replace(student, embedding=self.projection(student.embedding))
         if self.centering is not None:
             teacher = self.centering(teacher)
-        terms = {name: loss(student, teacher, labels) for name, loss in self.losses.items()}
+        terms = {name: loss(student, teacher, labels) for name, loss in self.terms()}
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}

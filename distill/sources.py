@@ -28,6 +28,8 @@ from mining.resampling import SynthDistillRule
 from synth.corpus import Corpus
 from synth.generators.base import Generator
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Batch:
@@ -56,11 +58,11 @@ class Place:
     batch_size: int = 128
     rank: int = 0
     processes: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     held_out: int = 0
 
     def share(self) -> slice:
-        """This process's samples of a global batch."""
+        """The samples of a global batch that are this process's."""
         if self.batch_size % self.processes:
             raise InputError(f"batch_size {self.batch_size} cannot be split evenly over {self.processes} processes")
         size = self.batch_size // self.processes
@@ -87,7 +89,7 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        """This process's faces of a step; the same whenever it is asked."""
+        """Faces of a step for this process; the same whenever it is asked."""
 
     @abstractmethod
     def held_out(self) -> Tensor:
@@ -155,8 +157,8 @@ class Rows(Source):
         place.share()
         if self.size < place.batch_size:
             raise InputError(
-                f"{self.name()}: {self.total()} faces, of which {place.held_out} are held out, do not fill one batch of "
-                f"{place.batch_size}; add faces, or lower batch_size or validation.faces"
+                f"{self.name()}: {self.total()} faces, of which {place.held_out} are held out, do not fill one batch "
+                f"of {place.batch_size}; add faces, or lower batch_size or validation.faces"
             )
         self._reader = ThreadPoolExecutor(1, "faces")
         if self.in_memory:

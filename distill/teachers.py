@@ -31,9 +31,7 @@ class FrozenTeacher(nn.Module):
         features: sub-modules of its backbone whose outputs are wanted too.
     """
 
-    def __init__(
-        self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()
-    ):
+    def __init__(self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()):
         super().__init__()
         self.features = features
         self.recognizer = recognizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -103,7 +101,12 @@ class CachedTeacher(FrozenTeacher):
 
     def missing(self) -> list[tuple[int, int]]:
         """``(view, part)`` of what is still to be computed."""
-        return [(view, part) for view in range(self.views) for part in range(self.parts) if not self.path(view, part).is_file()]
+        return [
+            (view, part)
+            for view in range(self.views)
+            for part in range(self.parts)
+            if not self.path(view, part).is_file()
+        ]
 
     def fill(self, rank: int, processes: int, device: torch.device, progress: Callable[[Iterable], Iterable]) -> None:
         """Compute this process's share of what is missing; call it in every process, then wait for all."""

@@ -1,7 +1,7 @@
 """Distil a teacher into a student: ``accelerate launch distill/train.py --config distill/recipes/quickstart.yaml``.
 
-Everything a run depends on is in its settings (`distill.settings.Run`); ``--print_config`` shows all of them. A run that
-was stopped, however rudely, goes on when the same command is given again.
+Everything a run depends on is in its settings (`distill.settings.Run`); ``--print_config`` shows all of them. A run
+that was stopped, however rudely, goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def train(settings: Settings[Run]) -> Path:
         accelerator.print("\n  REAL FACES: this run trains on pictures of real people; its record says so.\n")
 
     teacher = make_teacher(run, teacher_net, objective, accelerator)
-    student = globalize(student.to(device, memory_format=torch.channels_last), device)
+    student = globalize(student.to(device).to(memory_format=torch.channels_last), device)
     objective.to(device)
     average = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = make_optimizer(run.optimizer, [student, objective])
@@ -106,7 +106,9 @@ def train(settings: Settings[Run]) -> Path:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # The first step whose loss or gradient was not finite, kept on the device: looking costs a synchronisation.
     broken = torch.full((), -1, dtype=torch.int64, device=device)
-    bar = tqdm(total=run.steps, initial=step, desc="distill", unit="step", disable=not accelerator.is_local_main_process)
+    bar = tqdm(
+        total=run.steps, initial=step, desc="distill", unit="step", disable=not accelerator.is_local_main_process
+    )
     since, since_step = time.perf_counter(), step
 
     def save() -> None:
@@ -220,6 +222,7 @@ def make_student(run: Run, teacher: Recognizer) -> Recognizer:
         embedding_dim=run.student.embedding_dim or teacher.embedding_dim,
         input_size=run.student.input_size,
         framing=teacher.spec.framing,
+        seed=run.seed,
         **run.student.options,
     )
 
@@ -275,9 +278,9 @@ def make_optimizer(settings: Optimizer, modules: list[nn.Module]) -> torch.optim
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
     if settings.name == "muon":
-        return Muon(groups, settings.lr, momentum=settings.momentum, betas=tuple(settings.betas))
+        return Muon(groups, settings.lr, momentum=settings.momentum, betas=settings.betas)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
+    return kind(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

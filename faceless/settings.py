@@ -14,6 +14,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
@@ -118,7 +119,7 @@ def _located(argument: str, before: str) -> str:
 def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str:
     """Turn jsonargparse's nested message into one line: where, what, and the nearest valid key."""
     where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    where += [after for a, after in zip(arguments, arguments[1:]) if a == "--config"]
+    where += [after for a, after in pairwise(arguments) if a == "--config"]
     path, classes, rest = [], [], ""
     for line in (part.strip() for part in message.splitlines()):
         if key := re.match(r'Parser key "([^"]*)":', line):

@@ -13,9 +13,8 @@ from distill.augment import Augment
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
-OFF = {name: 0.0 for name in ("flip", "rotate", "scale", "shift", "gray", "brightness", "contrast")} | {
-    name: 0.0 for name in ("blur", "noise", "resample")
-}
+STRENGTHS = ("flip", "rotate", "scale", "shift", "gray", "brightness", "contrast", "blur", "noise", "resample")
+OFF = dict.fromkeys(STRENGTHS, 0.0)
 
 
 def faces(n: int = 6, side: int = 24) -> torch.Tensor:

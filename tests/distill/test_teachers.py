@@ -32,9 +32,7 @@ def cached(source: FolderSource, path: Path, seed: int = 3, augment: Augment | N
     return CachedTeacher(net(), None, folder=path, source=source, augment=augment or Augment(), seed=seed)
 
 
-def test_cached_answers_are_the_teachers(
-    source: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_answers_are_the_teachers(source: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "PART", 5)  # several parts
     teacher, asked = cached(source, tmp_path / "cache"), FrozenTeacher(net())
     teacher.fill(0, 2, torch.device("cpu"), list)

@@ -48,7 +48,10 @@ def recipe(folder: Path, teacher: Path, **changes: Any) -> Path:
     source = {
         "class_path": "distill.sources.OnlineSource",
         "init_args": {
-            "generator": {"class_path": GENERATOR["class_path"], "init_args": GENERATOR["init_args"] | {"weights": str(weights)}},
+            "generator": {
+                "class_path": GENERATOR["class_path"],
+                "init_args": GENERATOR["init_args"] | {"weights": str(weights)},
+            },
             "resampling": {"class_path": "mining.resampling.SynthDistillRule"},
         },
     }
@@ -90,7 +93,9 @@ def lines(folder: Path) -> list[dict]:
 
 
 def student_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / "student" / name).read_bytes() for name in ("model.safetensors", "config.json", "README.md")}
+    return {
+        name: (folder / "student" / name).read_bytes() for name in ("model.safetensors", "config.json", "README.md")
+    }
 
 
 def test_a_run_trains_and_leaves_everything(tmp_path: Path, teacher: Path) -> None:
@@ -113,6 +118,49 @@ def test_a_run_trains_and_leaves_everything(tmp_path: Path, teacher: Path) -> No
     assert config["record"]["real_faces_in_training"] is False
 
 
+def corpus_recipe(folder: Path, teacher: Path) -> Path:
+    recipe(folder, teacher)  # saves the generator's weights
+    made = {
+        "generator": {
+            "class_path": GENERATOR["class_path"],
+            "init_args": GENERATOR["init_args"] | {"weights": str(folder / "generator.pt")},
+        },
+        "count": 64,
+        "align": None,
+        "workers": 0,
+        "block": 32,
+    }
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(made))
+    source = {
+        "class_path": "distill.sources.CorpusSource",
+        "init_args": {"path": str(folder / "corpus"), "recipe": str(folder / "corpus.yaml"), "views": 2},
+    }
+    return recipe(folder, teacher, source=source, validation={"faces": 16, "every": 6, "neighbors": 3})
+
+
+@pytest.mark.parametrize("sees", ["view", "face"])
+def test_a_corpus_is_written_first_and_a_teacher_cache_changes_nothing(
+    tmp_path: Path, teacher: Path, sees: str
+) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    common = ["--config", str(path), "--teacher_sees", sees]
+    main([*common, "--output", str(tmp_path / "asked")])
+    main([*common, "--output", str(tmp_path / "cached"), "--teacher_cache", str(tmp_path / "cache")])
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == (2 if sees == "view" else 1)
+    record = json.loads((tmp_path / "cached" / "provenance.json").read_text())
+    assert record["sources"][0]["faces"] == 48, "16 of the 64 are held out"
+    assert record["sources"][0]["manifest"]["real_faces"] is False
+    # The running mean and the mean over the cache differ, so compare what the teacher said, not the losses.
+    again = tmp_path / "again"
+    main([*common, "--output", str(again), "--teacher_cache", str(tmp_path / "cache")])
+    assert student_bytes(again) == student_bytes(tmp_path / "cached")
+    main([*common, "--output", str(tmp_path / "plain"), "--center", "false"])
+    main([*common, "--output", str(tmp_path / "kept"), "--center", "false", "--teacher_cache", str(tmp_path / "cache")])
+    for a, b in zip(lines(tmp_path / "plain"), lines(tmp_path / "kept")):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +169,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
     from distill.checkpoints import Metrics
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     write = Metrics.write
@@ -129,17 +177,19 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
         def failing(self: Metrics, entry: dict, stop: int = stop) -> None:
             if entry["step"] > stop:
-                raise Stop
+                raise StoppedError
             write(self, entry)
 
         monkeypatch.setattr(Metrics, "write", failing)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             main(["--config", str(path), "--output", str(tmp_path / "torn")])
     monkeypatch.setattr(Metrics, "write", write)
     main(["--config", str(path), "--output", str(tmp_path / "torn")])
     assert student_bytes(tmp_path / "torn") == student_bytes(tmp_path / "whole")
     timeless = [{k: v for k, v in entry.items() if k != "faces_per_second"} for entry in lines(tmp_path / "torn")]
-    assert timeless == [{k: v for k, v in entry.items() if k != "faces_per_second"} for entry in lines(tmp_path / "whole")]
+    assert timeless == [
+        {k: v for k, v in entry.items() if k != "faces_per_second"} for entry in lines(tmp_path / "whole")
+    ]
 
 
 def launch(path: Path, output: Path, *more: str, processes: int = 1) -> subprocess.Popen:
