@@ -32,8 +32,12 @@ class Checkpoints:
         """Write the checkpoint of a step, then forget the oldest; a crash in between loses neither."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
-        with atomic_path(path) as temporary:
-            torch.save(state | {"step": step}, temporary)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state | {"step": step}, file)
+            except RuntimeError as error:
+                # PyTorch's writer covers up the OSError of a full disk with one of its own.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,24 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     check_same_settings(path, {"seed": 1, "steps": 5, "log_every": 7})
     with pytest.raises(InputError, match="another steps"):
         check_same_settings(path, {"seed": 1, "steps": 6})
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
+    # A limit on file sizes stands for the full disk: the kernel refuses the same write.
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from distill.checkpoints import Checkpoints
+from faceless.errors import command
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+checkpoints = Checkpoints(Path(sys.argv[1]))
+checkpoints.save(1, {"weight": torch.zeros(10)})
+command(lambda: checkpoints.save(2, {"weight": torch.zeros(1_000_000)}))()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "no space left" in done.stderr and "step-00000002.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
