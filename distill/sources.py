@@ -257,8 +257,7 @@ class CorpusSource(Rows):
         return self.corpus.images(rows)
 
     def fingerprint(self) -> str:
-        shards = [shard["sha256"] for shard in self.corpus.manifest["shards"]]
-        return hashlib.sha256("\n".join(shards).encode()).hexdigest()
+        return self.corpus.fingerprint
 
     def record(self) -> dict[str, Any]:
         return {"kind": "corpus", "path": str(self.path), "faces": self.size, "manifest": self.corpus.manifest}

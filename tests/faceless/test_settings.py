@@ -94,7 +94,7 @@ def test_mistakes_name_file_key_and_cure(tmp_path: Path, keys: dict, arguments: 
 
 def test_text_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "torn.yaml").write_text("pen: [1\n")
-    with pytest.raises(InputError, match="torn.yaml: not readable as YAML"):
+    with pytest.raises(InputError, match=r"torn\.yaml: not readable as YAML"):
         parse(Drawing, ["--config", str(tmp_path / "torn.yaml")])
 
 
@@ -107,5 +107,5 @@ def test_a_constructor_that_refuses_is_one_line(tmp_path: Path) -> None:
 def test_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert recipe("distill/recipes/quickstart.yaml").is_file()
-    with pytest.raises(InputError, match="quickstart.yaml"):
+    with pytest.raises(InputError, match=r"quickstart\.yaml"):
         recipe("distill/recipes/quickstar.yaml")
