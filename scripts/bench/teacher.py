@@ -24,17 +24,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import faceless
+from distill.train import native_precision
 from eval import benchmarks
 from faceless import assets
 from faceless.errors import InputError, command
 
 TARGET = 10
-
-
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself; emulated, it is slower than float32."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
 
 
 def ours(memory_format: torch.memory_format, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -79,7 +74,7 @@ def main() -> None:
     reference = list(ways)
     ways["ours, float32, contiguous"] = ours(torch.contiguous_format, torch.float32)
     ways["ours, float32, channels-last"] = ours(torch.channels_last, torch.float32)
-    if native_bf16():
+    if native_precision(cpu=True) == "bf16":
         ways["ours, bfloat16, channels-last"] = ours(torch.channels_last, torch.bfloat16)
     else:
         print("this CPU has no bfloat16 arithmetic: float32 only")
