@@ -151,4 +151,5 @@ def show(benchmark: str, results: dict[str, list[dict[str, Any]]]) -> None:
                 f"{cost['latency_ms']['batch1']['median']:.1f}",
             )
         table.add_section()
-    Console().print(table)
+    # Wide enough for all columns where output goes to a file; a terminal wraps as it likes.
+    Console(width=None if Console().is_terminal else 120).print(table)

@@ -21,13 +21,21 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     True
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    # Every step multiplies x from the left by a polynomial of x x^T, and such polynomials commute: so the steps are
+    # taken on the small square x x^T alone, and x is multiplied once.
+    gram = x @ x.T
+    unit = torch.eye(len(gram), device=x.device)
+    product = unit
+    for step in range(steps):
+        square = gram @ gram
+        polynomial = a * unit + b * gram + c * square
+        product = polynomial @ product if step else polynomial
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
     return (x.T if tall else x).to(matrix.dtype)
 
 

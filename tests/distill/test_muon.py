@@ -21,6 +21,16 @@ def test_orthogonalized_matrix_keeps_its_singular_vectors(shape: tuple[int, int]
     assert (core.diagonal() > 0.3).all() and (core.diagonal() < 1.4).all()
 
 
+def test_steps_on_the_gram_matrix_are_the_published_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(24, 200)
+    expected = (x / x.norm()).double()
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonalize(x).double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_vectors_follow_adamw() -> None:
     torch.manual_seed(0)
     mine, theirs = nn.Parameter(torch.randn(7)), None
