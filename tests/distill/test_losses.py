@@ -4,12 +4,12 @@ import io
 
 import pytest
 import torch
-from every_loss import ANY_DIM, EVERY, HEADS, STRAIGHT_THROUGH, faces, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.losses.relational import SimilarityToMemory
 from faceless.recognizer import Output
+from tests.distill.every_loss import ANY_DIM, EVERY, HEADS, STRAIGHT_THROUGH, faces, value
 
 every = pytest.mark.parametrize("name", EVERY)
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from every_loss import faces, value
 
 from distill.losses.contrastive import QUD
 from distill.losses.embedding import Centering, CosineEmbedding, FeatureL2
@@ -18,6 +17,7 @@ from distill.losses.relational import (
     SimilarityToMemory,
 )
 from faceless.recognizer import Output
+from tests.distill.every_loss import faces, value
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from every_loss import faces, frozen_centers, value
 
 from distill.losses.adaptive_centers import AdaDistill, FrozenCenters, class_centers
 from distill.losses.margin import ArcFace, CosFace, SphereFace2, arc
 from faceless.recognizer import Output
+from tests.distill.every_loss import faces, frozen_centers, value
 
 
 def unit(x: np.ndarray) -> np.ndarray:

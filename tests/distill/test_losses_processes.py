@@ -6,12 +6,12 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from every_loss import EVERY, HEADS, OF_PAIRS, faces, value
 from torch import multiprocessing
 
 from distill.gather import gather
 from distill.losses.embedding import Centering
 from distill.memory import EmbeddingMemory
+from tests.distill.every_loss import EVERY, HEADS, OF_PAIRS, faces, value
 
 STEPS = 4
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from every_loss import faces, value
 
 from distill.losses.contrastive import CRD
 from distill.losses.logits import DKD, NKD, CrossEntropy, LogitKD
 from distill.losses.unified import ILED, RPSD, UnifiedKD
 from faceless.recognizer import Output
+from tests.distill.every_loss import faces, value
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folder import make_run
 
 from eval import report
 from faceless.errors import InputError
+from tests.eval.run_folder import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FIGURES = 6  # cost, ROC, DET, scores, loss, validation

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_folder import faces, recognizer
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import faceless
 from eval.benchmarks import Benchmark
 from eval.verify import FARS, benchmark_for, main, table, verify
 from faceless.errors import InputError
+from tests.eval.run_folder import faces, recognizer
 
 ROOT = Path(__file__).parents[2]
 
