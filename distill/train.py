@@ -286,8 +286,9 @@ def make_optimizer(settings: Optimizer, modules: list[nn.Module]) -> torch.optim
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     """Linear warm-up, then the schedule over the whole run.
 
-    >>> learning_rate(Optimizer(lr=1.0, warmup=10), 4, 100), round(learning_rate(Optimizer(lr=1.0), 1000, 1000), 3)
-    (0.4971..., 0.01)
+    >>> settings = Optimizer(lr=1.0, warmup=10)
+    >>> [round(learning_rate(settings, step, 1000), 3) for step in (0, 4, 500, 1000)]
+    [0.1, 0.5, 0.505, 0.01]
     """
     done = min(1.0, step / steps)
     factor = 1.0
