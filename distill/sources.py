@@ -415,7 +415,7 @@ class OnlineSource(Source):
         return self._aside("sample", count)
 
     def _aside(self, purpose: str, count: int) -> Tensor:
-        chunks = torch.arange(count).split(128)
+        chunks = torch.arange(count).split(128) if count else ()
         faces = [self.faces(Rng.of(self.place.seed, purpose, rows))[1] for rows in chunks]
         return torch.cat(faces).round().clamp(0, 255).byte().cpu() if faces else torch.empty(0, 3, 8, 8).byte()
 
