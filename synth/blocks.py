@@ -36,29 +36,26 @@ def columns(made: Generation) -> pa.Schema:
     extra = (
         [pa.field("score", pa.float32()), pa.field("crop_to_image", pa.list_(pa.float32(), 6))] if made.align else []
     )
-    return schema(math.prod(made.generator.latent_shape), made.latent_dtype, extra)
+    latent_size = math.prod(made.generator.latent_shape) if made.generator.latent_shape else 0
+    return schema(latent_size, made.latent_dtype, extra)
 
 
 @torch.inference_mode()
 def make_block(made: Generation, number: int) -> tuple[pa.Table, Counter[str]]:
     """The accepted rows of a block, and how many candidates were rejected for what."""
     rejected: Counter[str] = Counter()
-    faces, kept, latents, others = [], [], [], []
-    device = made.generator.device
+    faces, kept, others = [], [], []
     for index in torch.arange(number * made.block, (number + 1) * made.block).split(made.batch):
-        z = made.generator.sample_latents(len(index), Rng.of(made.seed, "latents", index))
-        z = z.to(getattr(torch, made.latent_dtype))
-        images = made.generator.synthesize(z.float().to(device)).round().clamp(0, 255).to(torch.uint8).cpu()
+        z, images = made.generator.make(Rng.of(made.seed, "latents", index), getattr(torch, made.latent_dtype))
+        images = images.round().clamp(0, 255).to(torch.uint8).cpu()
+        about = {} if z is None else {"latent": z.flatten(1)}
         if made.align is not None:
-            images, accepted, about = _aligned(images, made.align, rejected)
-            index, z = index[accepted], z[accepted]
-            others.append(about)
+            images, accepted, crops = _aligned(images, made.align, rejected)
+            index, about = index[accepted], {name: column[accepted] for name, column in about.items()} | crops
         faces.append(images.permute(0, 2, 3, 1).contiguous().numpy())
         kept.append(index)
-        latents.append(z.flatten(1))
-    more = {"latent": torch.cat(latents)} | {
-        name: torch.cat([about[name] for about in others]) for name in (others[0] if others else {})
-    }
+        others.append(about)
+    more = {name: torch.cat([about[name] for about in others]) for name in others[0]}
     encoded = [encode(face, made.image_format, made.quality) for batch in faces for face in batch]
     suffix = {"jpeg": "jpg"}.get(made.image_format, made.image_format)
     return table(columns(made), encoded, suffix, torch.cat(kept), made.seed, **more), rejected

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from faceless.errors import InputError
-from synth.generators.base import Generator
+from synth.generators.base import FaceMaker
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Generation:
     """A corpus to be written.
 
     Args:
-        generator: class and constructor arguments of a `Generator`.
+        generator: class and constructor arguments of a `Generator`, or of an `Inverter` (`synth.inversion`).
         output: folder of the corpus; one that was begun with the same settings is finished.
         count: faces wanted.
         seed: of the latents.
@@ -60,14 +60,14 @@ class Generation:
         latent_dtype: latents are rounded to this type before faces are made from them, then stored.
         shard_rows: faces per parquet file.
         block: candidates per block, the unit of work; changes no face but, with the counts, the manifest.
-        batch: latents per pass of the generator.
+        batch: latents per pass of the generator; faces that an inverter makes together.
         device: ``cpu``, ``cuda``, or another name of torch's.
         workers: processes of this machine; null takes one per core (one for a GPU); 0 works inside this process.
         min_acceptance: give up when fewer than this part of 4096 or more candidates are accepted.
         repair: write missing and damaged shards of a finished corpus again.
     """
 
-    generator: Generator
+    generator: FaceMaker
     output: str = "corpora/corpus"
     count: int = 10_000
     seed: int = 0

@@ -11,18 +11,38 @@ from torch import Tensor, nn
 from faceless.randomness import Rng
 
 
-class Generator(nn.Module, ABC):
-    """Latents to unlabeled faces. Pure in its inputs: the same latents give the same faces on any batch split.
+class FaceMaker(nn.Module, ABC):
+    """Whatever a corpus can be written from: a `Generator`, or a teacher turned around (`synth.inversion`).
 
     Attributes:
-        latent_shape: shape of one latent.
+        latent_shape: shape of one latent; ``()`` where there are none.
         face_size: height and width of the faces in pixels.
         licence: of the weights, shown and recorded.
     """
 
-    latent_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...] = ()
     face_size: int
     licence: str = "unknown"
+
+    @abstractmethod
+    def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor]:
+        """Latents rounded to ``dtype`` (None where there are none) and faces of the samples of ``rng``.
+
+        Returns:
+            ``[n, *latent_shape]`` on the CPU, and ``[n, 3, face_size, face_size]`` RGB float in 0..255.
+        """
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record of the faces needs: generator, weights' sha256, licence."""
+        return {"generator": type(self).__name__, "licence": self.licence}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Generator(FaceMaker):
+    """Latents to unlabeled faces. Pure in its inputs: the same latents give the same faces on any batch split."""
 
     def sample_latents(self, n: int, rng: Rng) -> Tensor:
         """``[n, *latent_shape]``, standard normal unless a generator says otherwise; ``len(rng) == n``."""
@@ -39,10 +59,6 @@ class Generator(nn.Module, ABC):
         noise = rng.normal(*self.latent_shape).to(latents)
         return latents + scale.to(latents).view(-1, *[1] * len(self.latent_shape)) * noise
 
-    def provenance(self) -> dict[str, Any]:
-        """What a record of the faces needs: generator, weights' sha256, licence."""
-        return {"generator": type(self).__name__, "licence": self.licence}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        latents = self.sample_latents(len(rng), rng).to(dtype)
+        return latents, self.synthesize(latents.float().to(self.device))
