@@ -12,10 +12,11 @@ and comparisons with equal scores are always accepted or rejected together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -148,27 +149,196 @@ def tar_at_far(genuine: Any, impostor: Any, far: float) -> OperatingPoint:
     >>> round(point.tar, 3), point.threshold, point.allowed, point.false_matches
     (0.333, 0.9, 1, 0)
     """
-    genuine, impostor = np.sort(_checked(genuine, "genuine")), np.sort(_checked(impostor, "impostor"))
-    k = allowed_errors(far, len(impostor))
-    if k >= len(impostor):
-        threshold = min(genuine[0], impostor[0])
+    return tar_at_fars(genuine, impostor, [far])[0]
+
+
+def tar_at_fars(genuine: Any, impostor: Any, fars: Sequence[float]) -> list[OperatingPoint]:
+    """`tar_at_far` at several rates, for tens of millions of impostors: only the best ones that matter are sorted.
+
+    >>> [point.tar for point in tar_at_fars([0.9, 0.5, 0.3], [0.5, 0.4, 0.2, 0.1], [0.25, 0.5])]
+    [0.6666666666666666, 1.0]
+    """
+    genuine, impostor = np.sort(_checked(genuine, "genuine")), _checked(impostor, "impostor")
+    counts = [allowed_errors(far, len(impostor)) for far in fars]
+    kept = min(len(impostor), max(counts, default=0) + 1)
+    top = np.sort(np.partition(impostor, len(impostor) - kept)[len(impostor) - kept :])
+    return [_point(genuine, top, len(impostor), far, k) for far, k in zip(fars, counts)]
+
+
+def _point(genuine: Array, top: Array, impostors: int, far: float, k: int) -> OperatingPoint:
+    """The operating point that lets ``k`` pass; ``top`` holds at least the ``k + 1`` best impostors, ascending."""
+    if k >= impostors:
+        threshold = min(genuine[0], top[0])
     else:
-        refused = impostor[-1 - k]  # the best impostor that may not pass, and with it all that tie with it
-        above = [
-            scores[i] for scores in (genuine, impostor) if (i := scores.searchsorted(refused, "right")) < len(scores)
-        ]
+        refused = top[-1 - k]  # the best impostor that may not pass, and with it all that tie with it
+        above = [scores[i] for scores in (genuine, top) if (i := scores.searchsorted(refused, "right")) < len(scores)]
         threshold = min(above) if above else np.nextafter(refused, refused.dtype.type(np.inf))
-    false_matches = len(impostor) - int(np.searchsorted(impostor, threshold, side="left"))
+    return _at(genuine, threshold, len(top) - int(np.searchsorted(top, threshold, side="left")), impostors, far, k)
+
+
+def _at(
+    genuine: Array, threshold: float, false_matches: int, impostors: int, far: float, allowed: int
+) -> OperatingPoint:
     missed = int(np.searchsorted(genuine, threshold, side="left"))
     return OperatingPoint(
         far=far,
         tar=(len(genuine) - missed) / len(genuine),
         threshold=float(threshold),
-        fmr=false_matches / len(impostor),
-        allowed=k,
+        fmr=false_matches / impostors,
+        allowed=allowed,
         false_matches=false_matches,
         false_non_matches=missed,
     )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Exact figures of scores that never were in memory together; ``genuine`` and ``impostor`` count them."""
+
+    points: list[OperatingPoint]
+    eer: float
+    auc: float
+    genuine: int
+    impostor: int
+
+
+def streamed(genuine: Any, impostor: Callable[[], Iterable[Any]], fars: Sequence[float]) -> Streamed:
+    """`tar_at_far`, `eer` and `auc` of any number of impostor scores, to the last digit, in two passes.
+
+    The first pass counts scores by the upper 16 bits of their floating-point pattern, which are in the order of the
+    scores; the second resolves the few of those 65,536 bins in which a wanted score lies. Memory holds the genuine
+    scores and one block.
+
+    Args:
+        genuine: ``[G]`` float32 scores.
+        impostor: called twice; yields the impostor scores as float32 blocks of any length, the same both times.
+        fars: at which operating points are wanted.
+
+    Raises:
+        ValueError: no scores, scores that are not finite or not float32, or a second pass that differs from the first.
+
+    >>> blocks = [np.float32([0.5, 0.5]), np.float32([0.2, 0.1])]
+    >>> found = streamed(np.float32([0.9, 0.5, 0.3]), lambda: blocks, [0.25])
+    >>> round(found.points[0].tar, 3), found.points[0].allowed, found.points[0].false_matches
+    (0.333, 1, 0)
+    """
+    genuine = np.sort(_single(genuine, "genuine"))
+    below, not_above = np.zeros(len(genuine), np.int64), np.zeros(len(genuine), np.int64)
+    coarse = np.zeros(1 << 16, np.int64)
+    for block in impostor():
+        scores = np.sort(_single(block, "impostor"))
+        below += np.searchsorted(scores, genuine, side="left")
+        not_above += np.searchsorted(scores, genuine, side="right")
+        coarse += np.bincount(_ordered(scores) >> 16, minlength=len(coarse))
+    impostors = int(coarse.sum())
+    if not impostors:
+        raise ValueError("there are no impostor scores")
+    counts = [allowed_errors(far, impostors) for far in fars]
+
+    # EER: the highest genuine score with FMR >= FNMR. The curves cross there, or at an impostor score between it and
+    # the next genuine one, where FNMR is that of `rejected` and FMR has reached it with `needed` impostors.
+    meets = (impostors - below) * len(genuine) >= np.searchsorted(genuine, genuine, side="left") * impostors
+    last = int(np.flatnonzero(meets)[-1])
+    rejected = int(np.searchsorted(genuine, genuine[last], side="right"))
+    needed = max(1, -(-rejected * impostors // len(genuine)))
+
+    chosen = _select(coarse, impostor, {*(min(k, impostors - 1) for k in counts), needed - 1})
+    points = []
+    for far, k in zip(fars, counts):
+        refused = chosen.at(min(k, impostors - 1))
+        if k >= impostors:
+            threshold, false_matches = min(genuine[0], refused.score), impostors
+        else:
+            above = [*genuine[np.searchsorted(genuine, refused.score, side="right") :][:1], *refused.next_higher]
+            threshold = min(above) if above else np.nextafter(refused.score, np.float32(np.inf))
+            false_matches = refused.greater
+        points.append(_at(genuine, threshold, false_matches, impostors, far, k))
+
+    crossing = chosen.at(needed - 1)
+    if crossing.score > genuine[last]:
+        here, above_here = (crossing.at_least, rejected), (crossing.greater, rejected)
+    else:
+        here = impostors - int(below[last]), int(np.searchsorted(genuine, genuine[last], side="left"))
+        above_here = impostors - int(not_above[last]), rejected
+    rates = [(matches / impostors, misses / len(genuine)) for matches, misses in (here, above_here)]
+    equal = here[0] * len(genuine) == here[1] * impostors
+    return Streamed(
+        points,
+        rates[0][0] if equal else min(map(sum, rates)) / 2,
+        (int(below.sum()) + int(not_above.sum())) / (2 * len(genuine) * impostors),
+        len(genuine),
+        impostors,
+    )
+
+
+def _single(scores: Any, name: str) -> Array:
+    if np.asarray(scores).dtype != np.float32:
+        raise ValueError(f"{name} scores are streamed as float32, not {np.asarray(scores).dtype}")
+    return _checked(scores, name) if len(scores) else np.asarray(scores)
+
+
+def _ordered(scores: Array) -> Array:
+    """``uint32`` numbers in the order of float32 scores (the usual trick of sorting floats by their bits)."""
+    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0, which are equal, the same pattern
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _score(ordered: Array) -> Array:
+    return np.where(ordered >> 31, ordered ^ np.uint32(1 << 31), ~ordered).astype(np.uint32).view(np.float32)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A score, how many are greater, how many are at least it, and the next higher one if there is any."""
+
+    score: Any
+    greater: int
+    at_least: int
+    next_higher: list[Any]
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Distinct ``scores`` of resolved bins, descending; ``greater`` and ``at_least`` count all scores."""
+
+    scores: Array
+    greater: Array
+    at_least: Array
+
+    def at(self, rank: int) -> _Ranked:
+        """The score with ``rank`` others before it in descending order; its bin must be among the resolved ones."""
+        i = int(np.searchsorted(self.greater, rank, side="right")) - 1
+        higher = [self.scores[i - 1]] if self.greater[i] else []
+        return _Ranked(self.scores[i], int(self.greater[i]), int(self.at_least[i]), higher)
+
+
+def _select(coarse: Array, blocks: Callable[[], Iterable[Any]], ranks: set[int]) -> _Selection:
+    """Resolve the bins in which the scores of these descending ranks lie, and the next filled ones above them."""
+    higher = np.cumsum(coarse[::-1])[::-1] - coarse  # scores in higher bins; falls from bin to bin
+    filled = np.flatnonzero(coarse)
+    wanted: set[int] = set()
+    for rank in ranks:
+        place = int(np.searchsorted(filled, np.argmax(higher <= rank)))
+        wanted.update(filled[place : place + 2].tolist())
+    bins = np.array(sorted(wanted, reverse=True))
+    number = np.full(len(coarse), -1)
+    number[bins] = np.arange(len(bins))
+    fine = np.zeros(len(bins) << 16, np.int64)
+    for block in blocks():
+        keys = _ordered(_single(block, "impostor"))
+        row = number[keys >> 16]
+        inside = row >= 0
+        fine += np.bincount((row[inside] << 16) | (keys[inside] & 0xFFFF), minlength=len(fine))
+    scores, greater, at_least = [], [], []
+    for bin_, counts in zip(bins.tolist(), fine.reshape(len(bins), -1)):
+        if counts.sum() != coarse[bin_]:
+            raise ValueError("the second pass over the impostor scores differs from the first")
+        low = np.flatnonzero(counts)[::-1]
+        reached = higher[bin_] + np.cumsum(counts[low])
+        scores.append(_score(np.uint32(bin_ << 16) | low.astype(np.uint32)))
+        greater.append(reached - counts[low])
+        at_least.append(reached)
+    return _Selection(np.concatenate(scores), np.concatenate(greater), np.concatenate(at_least))
 
 
 def eer(genuine: Any, impostor: Any) -> float:
@@ -291,6 +461,115 @@ def accuracy(scores: Any, same: Any, folds: int = 10) -> FoldAccuracy:
     return FoldAccuracy(float(np.mean(parts)), float(np.std(parts)), np.array(parts), np.array(thresholds))
 
 
+@dataclass(frozen=True)
+class FoldRate:
+    """TAR over folds: ``mean`` and population ``std``, and the mean FAR that the chosen thresholds have on test."""
+
+    mean: float
+    std: float
+    far: float
+    thresholds: Array
+
+
+def insightface_val(distances: Any, same: Any, far: float = 1e-3, folds: int = 10) -> FoldRate:
+    """VAL@FAR of InsightFace's ``eval/verification.py`` without its interpolation.
+
+    Accept d < t for t in 0, 0.001, …, 3.999. Of each fold's thresholds the largest is taken with which at most ``far``
+    of the impostors of the other folds are accepted. InsightFace interpolates between thresholds of different FAR over
+    a curve in which most FARs occur more than once, which SciPy refuses today and which used to give a threshold that
+    depended on how it ordered them.
+
+    Args:
+        distances: ``[P]`` squared Euclidean distances of unit-norm embeddings, 0..4.
+        same: ``[P]`` whether a pair shows one person; both kinds in every fold.
+    """
+    distances, same = _checked_pairs(distances, same)
+    grid = np.arange(0, 4, 0.001)
+    bounds = _fold_bounds(len(distances), folds)
+    accepted = []
+    for start, stop in pairwise(bounds):
+        fold, truth = distances[start:stop], same[start:stop]
+        if truth.all() or not truth.any():
+            raise ValueError(f"pairs {start} to {stop - 1} are all of one kind; every fold needs both")
+        accepted.append([np.searchsorted(np.sort(fold[kind]), grid, side="left") for kind in (truth, ~truth)])
+    right, wrong = np.array(accepted).transpose(1, 0, 2)
+    sizes = np.array([np.count_nonzero(same[start:stop]) for start, stop in pairwise(bounds)])
+    others = np.diff(bounds) - sizes
+    limits = [allowed_errors(far, int(others.sum() - count)) for count in others]
+    # Counts never fall with the threshold, so the last one that keeps to the limit is the largest.
+    best = np.array([np.searchsorted(row, k, side="right") - 1 for row, k in zip(wrong.sum(0) - wrong, limits)])
+    rows = np.arange(folds)
+    rates = right[rows, best] / sizes
+    return FoldRate(float(rates.mean()), float(rates.std()), float((wrong[rows, best] / others).mean()), grid[best])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Figures of accepting scores at or above each of ``thresholds [T]``; a precision of no accepted pair is NaN."""
+
+    thresholds: Array
+    accuracy: Array
+    precision: Array
+    recall: Array
+    f1: Array
+
+    def summary(self) -> dict[str, Any]:
+        """Best and mean over the thresholds of each figure, each by itself: a row of bests mixes thresholds."""
+        result: dict[str, Any] = {"thresholds": self.thresholds.tolist()}
+        for name in SWEPT:
+            values = getattr(self, name)
+            defined = values[~np.isnan(values)]
+            result[name] = {
+                "best": float(defined.max()) if len(defined) else None,
+                "mean": float(defined.mean()) if len(defined) else None,
+                "values": [None if np.isnan(value) else float(value) for value in values],
+            }
+        return result
+
+
+#: The figures of `Sweep`.
+SWEPT = ("accuracy", "precision", "recall", "f1")
+#: 0.30, 0.35, …, 0.70.
+SWEEP_THRESHOLDS = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))
+
+
+def threshold_sweep(genuine: Any, impostor: Any, thresholds: Sequence[float] = SWEEP_THRESHOLDS) -> Sweep:
+    """Accuracy, precision, recall and F1 over fixed thresholds, as AFL-KD reports them (doi 10.5281/zenodo.15502091).
+
+    Its step is not published; ours is 0.05. Accuracy, precision and F1 depend on how many pairs are genuine.
+
+    >>> threshold_sweep([0.9, 0.4], [0.6, 0.1, 0.1, 0.1], [0.5]).f1
+    array([0.5])
+    """
+    genuine, impostor = np.sort(_checked(genuine, "genuine")), np.sort(_checked(impostor, "impostor"))
+    limits = np.asarray(thresholds, dtype=np.float64)
+    true = len(genuine) - np.searchsorted(genuine.astype(np.float64), limits, side="left")
+    false = len(impostor) - np.searchsorted(impostor.astype(np.float64), limits, side="left")
+    with np.errstate(invalid="ignore"):
+        precision = true / (true + false)
+    return Sweep(
+        limits,
+        (true + len(impostor) - false) / (len(genuine) + len(impostor)),
+        precision,
+        true / len(genuine),
+        2 * true / (true + false + len(genuine)),
+    )
+
+
+def wilson(events: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a rate of independent trials (Wilson, JASA 22, 1927); too narrow where trials share people.
+
+    >>> [round(bound, 4) for bound in wilson(3, 100)]
+    [0.0103, 0.0845]
+    """
+    if not 0 <= events <= trials or not trials:
+        raise ValueError(f"{events} of {trials} is no rate")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    rate, share = events / trials, z * z / trials
+    center, reach = rate + share / 2, z * ((rate * (1 - rate) + share / 4) / trials) ** 0.5
+    return max(0.0, (center - reach) / (1 + share)), min(1.0, (center + reach) / (1 + share))
+
+
 def mate_ranks(similarity: Any, identities: Any) -> Array:
     """Rank at which each face finds another face of its person, leaving the face itself out of the gallery.
 
@@ -330,6 +609,76 @@ def rank_k(similarity: Any, identities: Any, k: int = 1) -> float:
     if not ranks.any():
         raise ValueError("nobody has two faces, so nobody can be found again")
     return float(np.mean(ranks[ranks > 0] <= k))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What searching each probe in a gallery found.
+
+    Attributes:
+        ranks: ``[P]`` rank of the best mate, ties counting against; 0 where the gallery holds no mate.
+        mate: ``[P]`` float32 score of the best mate; -inf where there is none.
+        stranger: ``[P]`` float32 score of the best other; -inf where there is none.
+    """
+
+    ranks: Array
+    mate: Array
+    stranger: Array
+
+    def rank_k(self, k: int = 1) -> float:
+        """Share of mated probes found at rank ``k`` or better (closed set, "CMC")."""
+        mated = self.ranks > 0
+        if not mated.any():
+            raise ValueError("no probe has a mate in the gallery")
+        return float(np.mean(self.ranks[mated] <= k))
+
+    def fnir_at_fpir(self, fpir: float) -> OperatingPoint:
+        """FNIR (ISO/IEC 19795-1) at a false positive identification rate that is never exceeded.
+
+        FPIR is the share of probes *without* a mate whose best score reaches the threshold. A mated probe is missed
+        when its best mate does not reach it, whatever its rank. Fields of the result read as of a search: ``fmr`` is
+        FPIR and ``fnmr`` FNIR.
+        """
+        mated = self.ranks > 0
+        if mated.all() or not mated.any():
+            raise ValueError("an open-set search needs probes with and without a mate in the gallery")
+        return tar_at_far(self.mate[mated], self.stranger[~mated], fpir)
+
+
+def search(probes: Any, probe_people: Any, gallery: Any, gallery_people: Any, block: int = 1 << 24) -> Search:
+    """Compare every probe with the whole gallery, some probes at a time.
+
+    Args:
+        probes, gallery: ``[P, D]`` and ``[N, D]`` unit-norm embeddings.
+        probe_people, gallery_people: ``[P]`` and ``[N]`` int64 identities.
+        block: scores in memory at a time.
+
+    >>> found = search(np.eye(2), [0, 1], np.eye(2)[[0, 0]], [0, 2])
+    >>> found.ranks.tolist(), found.mate.tolist(), found.stranger.tolist()
+    ([2, 0], [1.0, -inf], [1.0, 0.0])
+    """
+    probes, gallery = np.asarray(probes, dtype=np.float64), np.asarray(gallery, dtype=np.float64)
+    probe_people, gallery_people = np.asarray(probe_people), np.asarray(gallery_people)
+    if len(probes) != len(probe_people) or len(gallery) != len(gallery_people) or not len(gallery):
+        raise ValueError("probes and a gallery of one face or more need an identity each")
+    order = np.argsort(gallery_people, kind="stable")
+    gallery, known = gallery[order].T, gallery_people[order]
+    first, last = (np.searchsorted(known, probe_people, side=side) for side in ("left", "right"))
+    ranks = np.zeros(len(probes), np.int64)
+    mate, stranger = (np.full(len(probes), -np.inf, np.float32) for _ in range(2))
+    step = max(1, block // len(known))
+    for start in range(0, len(probes), step):
+        scores = (probes[start : start + step] @ gallery).astype(np.float32)
+        _checked(scores.ravel(), "similarity")
+        for row, values in enumerate(scores, start):
+            low, high = first[row], last[row]
+            if high > low:
+                mate[row] = values[low:high].max()
+                values[low:high] = -np.inf
+                ranks[row] = 1 + np.count_nonzero(values >= mate[row])
+            if high - low < len(known):
+                stranger[row] = values.max()
+    return Search(ranks, mate, stranger)
 
 
 def resamples(people: int, replicates: int, seed: int = 0) -> Array:
