@@ -1,0 +1,335 @@
+"""Nearest neighbors among any number of embeddings, over FAISS; nothing here is quadratic in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from faceless.errors import InputError
+from faceless.files import atomic_path
+from faceless.randomness import permutation
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+FLAT_UP_TO = 100_000  # rows; beyond that, all-to-all search by brute force takes longer than building lists
+CHUNK = 16_384  # rows handled at a time; fixed, because the last bits of a score depend on it
+MIN_PER_LIST = 39  # FAISS's own least number of training rows for each list
+
+
+class EmbeddingIndex:
+    """Embeddings numbered in the order in which they were added, and searches among them.
+
+    The same rows and settings give the same index and the same answers: coarse clusters start from a fixed seed, HNSW
+    graphs are built on one thread, and equal scores are ordered by row number.
+
+    Args:
+        dim: D of the embeddings.
+        metric: ``cosine`` (rows are normalized here; larger is nearer) or ``l2`` (Euclidean distance; smaller is
+            nearer).
+        kind: ``flat`` is exact; ``ivf`` looks into the most promising of many lists (needs `train`); ``hnsw`` walks a
+            graph, which is slow to build and the quickest to ask; ``auto`` is flat up to 100,000 rows, then ivf.
+        size: rows that are expected, for ``auto`` and for the number of lists (4 sqrt(size)).
+        links: neighbors of a node in an HNSW graph.
+        gpu: search on the first CUDA device if FAISS was built for one (``faiss-gpu-cu12``) and it is there; flat and
+            ivf only. Range searches stay on the CPU.
+
+    Raises:
+        InputError: an unknown metric or kind.
+
+    >>> index = EmbeddingIndex(2, metric="l2", kind="flat")
+    >>> index.add(np.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]]))
+    >>> distances, rows = index.search(np.array([[0.0, 0.0]]), 2)
+    >>> distances.tolist(), rows.tolist()
+    ([[0.0, 1.0]], [[0, 2]])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        metric: str = "cosine",
+        kind: str = "auto",
+        size: int = 0,
+        links: int = 32,
+        gpu: bool = True,
+    ):
+        if metric not in ("cosine", "l2"):
+            raise InputError(f"metric is {metric!r}; use cosine or l2")
+        if kind == "auto":
+            kind = "flat" if size <= FLAT_UP_TO else "ivf"
+        self.gpu = gpu
+        measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+        if kind == "flat":
+            self.index: Any = faiss.IndexFlat(dim, measure)
+        elif kind == "ivf":
+            lists = max(1, min(round(4 * size**0.5), size // MIN_PER_LIST))
+            self._quantizer = faiss.IndexFlat(dim, measure)  # the lists' index does not keep it alive
+            self.index = faiss.IndexIVFFlat(self._quantizer, dim, lists, measure)
+        elif kind == "hnsw":
+            self.index = faiss.IndexHNSWFlat(dim, links, measure)
+            self.index.hnsw.efConstruction = 200
+        else:
+            raise InputError(f"kind is {kind!r}; use auto, flat, ivf or hnsw")
+        self._on_gpu: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: Floats,
+        *,
+        metric: str = "cosine",
+        kind: str = "auto",
+        recall: float = 0.99,
+        k: int = 10,
+        seed: int = 0,
+        gpu: bool = True,
+    ) -> EmbeddingIndex:
+        """The index of ``rows [N, D]`` (a memory-mapped array will do), trained, filled and tuned.
+
+        Args:
+            recall: of the ``k`` nearest that an approximate index is tuned to, on 256 of the rows; see `tune`.
+            seed: of the rows that it is trained and tuned on.
+        """
+        index = cls(rows.shape[1], metric=metric, kind=kind, size=len(rows), gpu=gpu)
+        order = permutation(seed, "index sample", len(rows)).numpy() if index.kind != "flat" else None
+        if index.kind == "ivf":
+            assert order is not None
+            index.train(rows[np.sort(order[: 64 * index.index.nlist])])
+        for first in range(0, len(rows), CHUNK):
+            index.add(rows[first : first + CHUNK])
+        if order is not None and len(rows):
+            asked = np.sort(order[:256])
+            index.tune(rows[asked], recall, k, own=asked)
+        return index
+
+    @property
+    def dim(self) -> int:
+        return int(self.index.d)
+
+    @property
+    def metric(self) -> Literal["cosine", "l2"]:
+        return "cosine" if self.index.metric_type == faiss.METRIC_INNER_PRODUCT else "l2"
+
+    @property
+    def kind(self) -> Literal["flat", "ivf", "hnsw"]:
+        return "ivf" if hasattr(self.index, "nprobe") else "hnsw" if hasattr(self.index, "hnsw") else "flat"
+
+    @property
+    def effort(self) -> int:
+        """How far a search looks: lists visited (ivf) or candidates kept (hnsw); 0 where it is exact."""
+        kind = self.kind
+        return int(self.index.nprobe if kind == "ivf" else self.index.hnsw.efSearch if kind == "hnsw" else 0)
+
+    @effort.setter
+    def effort(self, value: int) -> None:
+        if self.kind == "ivf":
+            self.index.nprobe = min(value, self.index.nlist)
+        elif self.kind == "hnsw":
+            self.index.hnsw.efSearch = value
+        self._on_gpu = None
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    def train(self, rows: Floats) -> None:
+        """Find the lists of an ivf index from a sample ``[n, D]``; the others need none."""
+        if self.kind == "ivf":
+            self.index.cp.seed = 1234
+            self.index.cp.min_points_per_centroid = 1
+            self.index.cp.spherical = self.metric == "cosine"
+            self.index.train(self._ready(rows))
+
+    def add(self, rows: Floats) -> None:
+        """Append ``rows [n, D]``.
+
+        Raises:
+            RuntimeError: an ivf index was not trained.
+            ValueError: another D, or numbers that are not finite.
+        """
+        if not self.index.is_trained:
+            raise RuntimeError("train the ivf index first")
+        threads = faiss.omp_get_max_threads()
+        if self.kind == "hnsw":
+            faiss.omp_set_num_threads(1)  # the graph depends on the order of its nodes
+        try:
+            self.index.add(self._ready(rows))
+        finally:
+            faiss.omp_set_num_threads(threads)
+        self._on_gpu = None
+
+    def search(self, rows: Floats, k: int) -> tuple[Floats, Ids]:
+        """The ``k`` nearest of each of ``rows [n, D]``, the nearest first.
+
+        Returns:
+            Scores ``[n, k]`` (cosines or distances) and row numbers ``[n, k]``; where fewer are found, -1 with the
+            worst score (-inf or inf).
+        """
+        scores, ids = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+        searcher = self._searcher()
+        for first in range(0, len(rows), CHUNK):
+            part = slice(first, first + CHUNK)
+            found, where = searcher.search(self._ready(rows[part]), k)
+            scores[part], ids[part] = self._ordered(found, where)
+        return scores, ids
+
+    def neighbors(self, rows: Floats, k: int, first: int = 0) -> tuple[Floats, Ids]:
+        """The ``k`` nearest of rows that are in the index themselves, each without itself.
+
+        Args:
+            rows: ``[n, D]``, those numbered from ``first`` on.
+        """
+        scores, ids = self.search(rows, min(k + 1, len(self)))
+        return _without(scores, ids, np.arange(first, first + len(rows)))
+
+    def within(self, rows: Floats, radius: float) -> tuple[Ids, Floats, Ids]:
+        """All rows at least as similar as ``radius`` (cosine), or at most as far (l2), exact only in a flat index.
+
+        Returns:
+            ``limits [n + 1]``, and scores and row numbers ``[limits[-1]]``: those of query i lie from ``limits[i]`` to
+            ``limits[i + 1]``, the nearest first.
+        """
+        # FAISS leaves out what lies on the radius.
+        bound = (
+            np.nextafter(np.float32(radius), np.float32(-np.inf))
+            if self.metric == "cosine"
+            else np.nextafter(np.float32(radius**2), np.float32(np.inf))
+        )
+        limits, scores, ids = [np.zeros(1, np.int64)], [], []
+        for first in range(0, len(rows), CHUNK):
+            part = self._ready(rows[first : first + CHUNK])
+            ends, found, where = self.index.range_search(part, float(bound))
+            ends = ends.astype(np.int64)
+            query = np.repeat(np.arange(len(part)), np.diff(ends))
+            order = np.lexsort((where, -found if self.metric == "cosine" else found, query))
+            scores.append(self._shown(found[order]))
+            ids.append(where[order])
+            limits.append(ends[1:] + limits[-1][-1])
+        return (
+            np.concatenate(limits),
+            np.concatenate([*scores, np.empty(0, np.float32)]),
+            np.concatenate([*ids, np.empty(0, np.int64)]),
+        )
+
+    def pairs(self, rows: Floats, radius: float) -> tuple[Ids, Ids, Floats]:
+        """All pairs i < j of the index's own ``rows [N, D]`` within ``radius``, with their scores."""
+        limits, scores, second = self.within(rows, radius)
+        first = np.repeat(np.arange(len(rows)), np.diff(limits))
+        keep = first < second
+        return first[keep], second[keep], scores[keep]
+
+    def tune(self, rows: Floats, recall: float, k: int = 10, own: Ids | None = None) -> float:
+        """Raise the effort until ``recall`` of the true ``k`` nearest of ``rows [n, D]`` are found.
+
+        Args:
+            own: row numbers ``[n]`` of the queries, where they are in the index themselves and are not to count.
+
+        Returns:
+            The recall that is reached; a row as near as the k-th counts as found.
+        """
+        if self.kind == "flat" or not len(rows) or not len(self):
+            return 1.0
+
+        def found() -> tuple[Floats, Ids]:
+            if own is None:
+                return self.search(rows, min(k, len(self)))
+            return _without(*self.search(rows, min(k + 1, len(self))), own)
+
+        worst = exact_scores(self, rows, min(k + (own is not None), len(self)), own)[:, -1:]
+        slack = 1e-5  # scores of one pair differ in the last bits from one way of searching to another
+        most = self.index.nlist if self.kind == "ivf" else len(self)
+        effort = 1 if self.kind == "ivf" else max(16, k)
+        while True:
+            self.effort = effort
+            scores, ids = found()
+            near = scores >= worst - slack if self.metric == "cosine" else scores <= worst + slack
+            reached = float((near & (ids >= 0)).mean())
+            if reached >= recall or effort >= most:
+                return reached
+            effort *= 2
+
+    def save(self, path: str | Path) -> None:
+        """Write the index, its effort included, to one file."""
+        with atomic_path(path) as temporary:
+            faiss.write_index(self.index, str(temporary))
+
+    @classmethod
+    def load(cls, path: str | Path, *, memory_map: bool = False, gpu: bool = True) -> EmbeddingIndex:
+        """Read an index that `save` wrote here; FAISS's reader is not made for files of strangers.
+
+        Args:
+            memory_map: leave the rows on the disk until they are looked at; such an index cannot grow.
+
+        Raises:
+            InputError: there is no such file, or it is damaged.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such index")
+        try:
+            flag = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY if memory_map else 0
+            index = faiss.read_index(str(path), flag)
+        except RuntimeError as error:
+            raise InputError(f"{path}: not readable as an index; delete it and build it again") from error
+        made = cls.__new__(cls)
+        made.index, made.gpu, made._on_gpu = index, gpu, None
+        return made
+
+    def _ready(self, rows: Floats) -> Floats:
+        rows = np.ascontiguousarray(rows, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"this index holds rows of {self.dim} numbers, got {list(rows.shape)}")
+        if not np.isfinite(rows).all():
+            raise ValueError("embeddings hold NaN or infinite numbers")
+        if self.metric == "cosine":
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return rows
+
+    def _shown(self, scores: Floats) -> Floats:
+        return scores if self.metric == "cosine" else np.sqrt(np.maximum(scores, 0))
+
+    def _ordered(self, scores: Floats, ids: Ids) -> tuple[Floats, Ids]:
+        """Nearest first, equal ones by row number, missing ones last."""
+        worst = np.float32(-np.inf if self.metric == "cosine" else np.inf)
+        scores = np.where(ids < 0, worst, self._shown(scores))
+        order = np.lexsort((ids, -scores if self.metric == "cosine" else scores), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+    def _searcher(self) -> Any:
+        # The CPU build knows no GPU resources; the GPU build may find no GPU.
+        if (
+            not self.gpu
+            or self.kind == "hnsw"
+            or not hasattr(faiss, "StandardGpuResources")
+            or not faiss.get_num_gpus()
+        ):
+            return self.index
+        if self._on_gpu is None:
+            self._resources = faiss.StandardGpuResources()
+            self._on_gpu = faiss.index_cpu_to_gpu(self._resources, 0, self.index)
+        return self._on_gpu
+
+
+def exact_scores(index: EmbeddingIndex, rows: Floats, k: int, own: Ids | None = None) -> Floats:
+    """Scores ``[n, k]`` of the true nearest, whatever the kind of the index."""
+    ready = index._ready(rows)
+    if index.kind == "ivf":
+        effort, index.effort = index.effort, index.index.nlist  # with every list visited the search is exhaustive
+        found, ids = index.index.search(ready, k)
+        index.effort = effort
+    else:
+        found, ids = (index.index.storage if index.kind == "hnsw" else index.index).search(ready, k)
+    scores, ids = index._ordered(found, ids)
+    return scores if own is None else _without(scores, ids, own)[0]
+
+
+def _without(scores: Floats, ids: Ids, own: Ids) -> tuple[Floats, Ids]:
+    """Lists of one fewer, without the queries themselves; where one is not in its list, without the farthest."""
+    self_or_last = ids == own[:, None]
+    self_or_last[~self_or_last.any(1), -1] = True
+    keep = ~self_or_last
+    shape = (len(ids), ids.shape[1] - 1)
+    return scores[keep].reshape(shape), ids[keep].reshape(shape)
