@@ -261,6 +261,27 @@ def score_histograms(named: Mapping[str, Scores], name: str = "scores") -> str:
         return _svg(figure, name, f"Histograms of genuine and impostor cosines of {', '.join(named)}.")
 
 
+def sweep(named: Mapping[str, metrics.Sweep], figure: str) -> str:
+    """One figure of `metrics.SWEPT` against the threshold; a precision of no accepted pair leaves a gap."""
+    with _styled():
+        drawing = Figure(figsize=(4.6, 3.2), layout="constrained")
+        axes = drawing.add_subplot()
+        palette = colors(named)
+        title = {"f1": "F1"}.get(figure, figure)
+        for label, swept in named.items():
+            values = getattr(swept, figure)
+            style = DASHES.get(label, "-")
+            axes.plot(swept.thresholds, values, color=palette[label], linestyle=style, marker="o", ms=3.5, label=label)
+        axes.set_xlabel("threshold of the cosine")
+        axes.set_ylabel(title)
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.legend(loc="lower left")
+        bests = {label: swept.summary()[figure]["best"] for label, swept in named.items()}
+        described = "; ".join(f"{k} {'undefined' if v is None else _rate(round(v, 4))}" for k, v in bests.items())
+        return _svg(drawing, f"sweep-{figure}", f"{title} over thresholds of {', '.join(named)}. Best: {described}.")
+
+
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over a centered window that shrinks at both ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])

@@ -1,13 +1,14 @@
-"""How well a recognizer tells real people apart: every face of a benchmark against every other.
+"""How well a recognizer tells real people apart: every face against every other, or as a benchmark's protocol says.
 
 python eval/verify.py --model dlib-resnet29 --benchmark att-faces --people 21-40 --json teacher.json
 python eval/verify.py --model runs/quickstart/student dlib-resnet29 --benchmark my/people --align true --figures plots
+python eval/verify.py --model runs/quickstart/student --benchmark faces_emore/lfw.bin --sweep true --json lfw.json
 """
 
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import faceless
 from eval import benchmarks, metrics
-from eval.benchmarks import Benchmark
+from eval.benchmarks import Benchmark, Protocol, Report
+from eval.benchmarks.protocol import percent
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
@@ -107,9 +109,13 @@ class Verification:
 
 def benchmark_for(recognizer: Recognizer, source: str | Path, align: bool = False) -> Benchmark:
     """A benchmark cropped as the recognizer was trained to see faces; see `eval.benchmarks.load`."""
+    return benchmarks.load(source, recognizer.spec.framing, crop_size(recognizer), align)
+
+
+def crop_size(recognizer: Recognizer) -> int:
+    """Pixels of the crops that a recognizer is given: those of its framing, or more where it sees more."""
     spec = recognizer.spec
-    size = max(NATIVE_SIZE[spec.framing], spec.height, spec.width)
-    return benchmarks.load(source, framing=spec.framing, size=size, align=align)
+    return max(NATIVE_SIZE[spec.framing], spec.height, spec.width)
 
 
 def verify(
@@ -183,34 +189,35 @@ def verify(
     )
 
 
-def table(results: Sequence[Verification]) -> str:
+def table(results: Sequence[Verification] | Sequence[Report]) -> str:
     """The figures of several models on one benchmark as plain text, in percent with their 95 % intervals."""
-
-    def percent(value: float, bounds: Sequence[float] | None) -> str:
-        text = f"{100 * value:.2f}"
-        return text if bounds is None else f"{text} [{100 * bounds[0]:.2f}, {100 * bounds[1]:.2f}]"
-
+    columns = [_rows(result) if isinstance(result, Verification) else result.rows for result in results]
     rows = [("percent [95 % interval]", "ISO/IEC 19795-1", *(result.model for result in results))]
-    rows.append(("EER", "FMR = FNMR", *(percent(r.eer, r.intervals.get("eer")) for r in results)))
-    for key in FARS:
-        bounds = [r.intervals.get("tar_at_far", {}).get(key) for r in results]
-        tars = (percent(r.points[key].tar, b) for r, b in zip(results, bounds, strict=True))
-        rows.append((f"TAR@FAR={key}", f"1 - FNMR@FMR={key}", *tars))
-    for key in FARS:
-        rows.append((f"FNMR@FMR={key}", "realized FMR", *(_realized(r.points[key]) for r in results)))
-    rows.append(("rank-1", "closed set", *(percent(r.rank1, r.intervals.get("rank1")) for r in results)))
-    rows.append(("AUC", "", *(percent(r.auc, r.intervals.get("auc")) for r in results)))
+    rows += [(*row[:2], *(column[i][2] for column in columns)) for i, row in enumerate(columns[0])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     first = results[0]
     head = (
         f"{first.benchmark}: {first.images} faces of {first.people} people, {len(first.genuine):,} genuine and "
         f"{len(first.impostor):,} impostor pairs"
+        if isinstance(first, Verification)
+        else first.heading
     )
     notes = ["* fewer than 30 errors on one of the two sides: the rate is not known to within 30 % (rule of 30)"]
     if not any("*" in cell for row in rows for cell in row):
         notes = []
     return "\n".join([head, "", lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
+
+
+def _rows(result: Verification) -> list[tuple[str, str, str]]:
+    bounds, tars = result.intervals, result.intervals.get("tar_at_far", {})
+    return [
+        ("EER", "FMR = FNMR", percent(result.eer, bounds.get("eer"))),
+        *((f"TAR@FAR={k}", f"1 - FNMR@FMR={k}", percent(p.tar, tars.get(k))) for k, p in result.points.items()),
+        *((f"FNMR@FMR={key}", "realized FMR", _realized(point)) for key, point in result.points.items()),
+        ("rank-1", "closed set", percent(result.rank1, bounds.get("rank1"))),
+        ("AUC", "", percent(result.auc, bounds.get("auc"))),
+    ]
 
 
 def _realized(point: metrics.OperatingPoint) -> str:
@@ -235,15 +242,28 @@ def parser() -> ArgumentParser:
         "--model", nargs="+", required=True, metavar="SOURCE", help="names, folders or files that faceless.load reads"
     )
     options.add_argument(
-        "--benchmark", default="att-faces", help="att-faces, or a folder with a sub-folder of images for each person"
+        "--benchmark",
+        default="att-faces",
+        help="att-faces, a folder with a sub-folder of images for each person, a .bin of pairs, or "
+        + ", ".join(f"{kind}:PATH" for kind in benchmarks.PROTOCOLS),
     )
     options.add_argument(
         "--json", type=str | None, help="write the figures here: an object, or a list for several models"
     )
     options.add_argument("--people", type=str | None, help="FIRST-LAST, for example 21-40")
     options.add_argument("--align", type=bool, default=False, help="cut faces out of the folder's photographs")
-    options.add_argument("--flip", type=bool, default=False, help="add the embedding of the mirrored face")
+    options.add_argument(
+        "--flip",
+        type=bool | None,
+        help="add the embedding of the mirrored face; by default where the benchmark's protocol does",
+    )
     options.add_argument("--figures", type=str | None, help="write roc.svg, det.svg and scores.svg into this folder")
+    options.add_argument(
+        "--sweep", type=bool, default=False, help="accuracy, precision, recall and F1 over thresholds from 0.30 to 0.70"
+    )
+    options.add_argument(
+        "--cache", type=bool, default=True, help="keep the embeddings of protocols in the cache folder"
+    )
     options.add_argument("--bootstrap", type=int, default=1000, help="replicates for the intervals, 0 for none")
     options.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     options.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
@@ -262,25 +282,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for source in options.model:
         recognizer = faceless.load(source).to(device)
-        benchmark = benchmark_for(recognizer, options.benchmark, options.align)
+        spec = recognizer.spec
+        benchmark = benchmarks.find(options.benchmark, spec.framing, crop_size(recognizer), options.align)
+        if isinstance(benchmark, Protocol):
+            if options.people:
+                raise InputError(f"--people {options.people}: {options.benchmark} is always judged as a whole")
+            results.append(benchmarks.evaluate(recognizer, benchmark, options.flip, source, options.cache))
+            continue
         if options.people:
             benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))
-        results.append(verify(recognizer, benchmark, options.flip, options.bootstrap, options.seed, source))
+        results.append(verify(recognizer, benchmark, bool(options.flip), options.bootstrap, options.seed, source))
     print(table(results))
+    scored = {r.model: r for r in results if r.genuine is not None and r.impostor is not None}
+    sweeps = {m: metrics.threshold_sweep(r.genuine, r.impostor) for m, r in scored.items()} if options.sweep else {}
+    if options.sweep and not sweeps:
+        raise InputError(f"--sweep true: {options.benchmark} has no pairs to be accepted or rejected")
     if options.json:
         summaries = [result.summary() | {"subset": options.people or "all"} for result in results]
+        for summary in summaries:
+            if summary["model"] in sweeps:
+                summary["threshold_sweep"] = sweeps[summary["model"]].summary()
         atomic_write(
             options.json, json_format.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=2) + "\n"
         )
-    if options.figures:
-        from eval import figures  # matplotlib takes a second to import
+    if options.figures and scored:
+        write_figures(Path(options.figures), scored, options.bootstrap, sweeps)
 
-        folder = Path(options.figures)
-        named = {result.model: figures.Scores(**result.arrays()) for result in results}
-        shaded = figures.bands(named, options.bootstrap)
-        atomic_write(folder / "roc.svg", figures.roc(named, shaded))
-        atomic_write(folder / "det.svg", figures.det(named, shaded))
-        atomic_write(folder / "scores.svg", figures.score_histograms(named))
+
+def write_figures(
+    folder: Path,
+    scored: Mapping[str, Verification | Report],
+    bootstrap: int,
+    sweeps: Mapping[str, metrics.Sweep],
+) -> None:
+    """``roc.svg``, ``det.svg`` and ``scores.svg``, and four figures of threshold sweeps where there are any."""
+    from eval import figures  # matplotlib takes a second to import
+
+    named = {
+        model: figures.Scores(**result.arrays())
+        if isinstance(result, Verification)
+        else figures.Scores(result.genuine, result.impostor)
+        for model, result in scored.items()
+    }
+    shaded = figures.bands(named, bootstrap)
+    atomic_write(folder / "roc.svg", figures.roc(named, shaded))
+    atomic_write(folder / "det.svg", figures.det(named, shaded))
+    atomic_write(folder / "scores.svg", figures.score_histograms(named))
+    for figure in metrics.SWEPT if sweeps else ():
+        atomic_write(folder / f"{figure}.svg", figures.sweep(sweeps, figure))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from eval.benchmarks import att_faces, folder
+from eval.benchmarks import att_faces, folder, pairs
 from eval.benchmarks.benchmark import Benchmark, parse_people
+from eval.benchmarks.protocol import Protocol, Report, evaluate
 from faceless.align import FRAMINGS
 from faceless.errors import InputError, suggest
 
-__all__ = ["BENCHMARKS", "Benchmark", "load", "parse_people"]
+__all__ = ["BENCHMARKS", "PROTOCOLS", "Benchmark", "Protocol", "Report", "evaluate", "find", "load", "parse_people"]
 
 BENCHMARKS = {att_faces.NAME: att_faces.load}
+#: Benchmarks with protocols of their own, written ``kind:path``.
+PROTOCOLS: dict[str, Callable[[str, str, int], Protocol]] = {
+    "pairs": lambda path, framing, size: pairs.load(path, size),
+    "rfw": lambda path, framing, size: pairs.load_groups(path, size),
+}
 MAX_SIZE = 1024
+
+
+def find(source: str | Path, framing: str = "dlib", size: int = 150, align: bool = False) -> Benchmark | Protocol:
+    """Any benchmark: what `load` reads, a ``.bin`` of pairs, or ``kind:path`` with a kind of ``PROTOCOLS``.
+
+    Args:
+        framing, size, align: see `load`; protocols whose faces are crops already have the framing of those.
+
+    Raises:
+        InputError: no such benchmark, kind, file or folder.
+    """
+    kind, colon, path = str(source).partition(":")
+    if colon and kind in PROTOCOLS and not Path(source).exists():
+        return PROTOCOLS[kind](path, framing, size)
+    if Path(source).is_file() and Path(source).suffix == ".bin":
+        return pairs.load(source, size)
+    return load(source, framing, size, align)
 
 
 def load(source: str | Path, framing: str = "dlib", size: int = 150, align: bool = False) -> Benchmark:
@@ -34,4 +58,5 @@ def load(source: str | Path, framing: str = "dlib", size: int = 150, align: bool
         return BENCHMARKS[str(source)](framing, size)
     if Path(source).is_dir():
         return folder.load(source, framing, size, align)
-    raise InputError(f"{source}: no such benchmark or folder; {suggest(str(source), BENCHMARKS)}")
+    known = [*BENCHMARKS, *(f"{kind}:path" for kind in PROTOCOLS)]
+    raise InputError(f"{source}: no such benchmark or folder; {suggest(str(source), known)}")

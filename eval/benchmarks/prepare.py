@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,24 @@ def read_image(path: Path) -> Tensor:
         raise InputError(
             f"{path}: {path.stat().st_size / 1e6:.0f} MB are too many for an image; {MAX_BYTES >> 20} MiB at most"
         )
+    return decode_image(path, str(path))
+
+
+def decode_image(source: Path | bytes, where: str) -> Tensor:
+    """`read_image` of a file or of its bytes; ``where`` they are from is for the error message."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS) as image:
             width, height = image.size
             # Announced sizes, before a single pixel is unpacked.
             if width * height > MAX_PIXELS:
-                raise InputError(f"{path}: {width} x {height} pixels; {MAX_PIXELS // 10**6} million at most")
+                raise InputError(f"{where}: {width} x {height} pixels; {MAX_PIXELS // 10**6} million at most")
             if image.mode.startswith(("I", "F")):
-                raise InputError(f"{path}: pixels of mode {image.mode}; save it with 8 bits per channel")
+                raise InputError(f"{where}: pixels of mode {image.mode}; save it with 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except InputError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise InputError(f"{path}: cannot be read as an image; remove it or replace it") from error
+        raise InputError(f"{where}: cannot be read as an image; remove it or replace it") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
