@@ -24,7 +24,7 @@ from faceless.errors import InputError
 from faceless.randomness import Rng, permutation
 from faceless.recognizer import Output
 from faceless.settings import recipe
-from mining.resampling import SynthDistillRule
+from mining.resampling import Around, Resampling
 from synth.corpus import Corpus
 from synth.generators.base import Generator
 
@@ -41,6 +41,7 @@ class Batch:
         labels: ``[B]`` int64, where the source has identities.
         rows: ``[B]`` int64 row numbers, and ``view`` the number of the augmented view, where faces recur; a teacher's
             answer to the same row and view is the same.
+        latents: ``[B, *latent]`` that the faces were made from, where a generator is at hand.
     """
 
     images: Tensor
@@ -48,6 +49,7 @@ class Batch:
     labels: Tensor | None = None
     rows: Tensor | None = None
     view: int | None = None
+    latents: Tensor | None = None
 
 
 @dataclass
@@ -310,14 +312,11 @@ class FolderSource(Rows):
 
 
 class OnlineSource(Source):
-    """Faces drawn from a generator at every step, if wished with SynthDistill's dynamic resampling.
-
-    With a rule, even steps draw fresh latents and odd steps perturb those of the step before, each by what the rule
-    makes of the student-teacher cosine it had (SynthDistill, algorithm 1). Only the perturbation scales are kept.
+    """Faces drawn from a generator at every step, if wished around latents that earlier steps found worth it.
 
     Args:
         generator: what makes the faces.
-        resampling: the rule, or None for fresh draws only.
+        resampling: what to draw around (see `mining.resampling`), or None for fresh draws only.
         landmarks: cut each face to the framing of the teacher by its landmarks (dlib; on the CPU). A latent whose face
             shows none is drawn again, at most ``tries`` times, and then kept as it is.
         framing, size: of those crops.
@@ -329,7 +328,7 @@ class OnlineSource(Source):
         self,
         *,
         generator: Generator,
-        resampling: SynthDistillRule | None = None,
+        resampling: Resampling | None = None,
         landmarks: bool = False,
         framing: str = "dlib",
         size: int = 96,
@@ -339,30 +338,33 @@ class OnlineSource(Source):
         self.generator, self.resampling = generator, resampling
         self.landmarks, self.framing, self.side = landmarks, framing, size
         self.detect_size, self.tries = detect_size, tries
-        self.scales: Tensor | None = None
-        self.scaled_step = -1
-        self._fresh: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def prepare(self, place: Place) -> None:
         self.place = place
         place.share()
         self.generator.to(place.device)
 
-    def rng(self, purpose: str, draw: int) -> Rng:
-        samples = torch.arange(draw * self.place.batch_size, (draw + 1) * self.place.batch_size)
+    def rng(self, purpose: str, step: int) -> Rng:
+        samples = torch.arange(step * self.place.batch_size, (step + 1) * self.place.batch_size)
         return Rng.of(self.place.seed, purpose, samples[self.place.share()], step=0)
 
     @torch.no_grad()
-    def faces(self, rng: Rng, around: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Latents and their faces; with ``around`` latents perturbed by scales instead of fresh ones."""
+    def faces(self, rng: Rng, around: Around | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and their faces; the first ones are drawn ``around`` given latents, the others afresh."""
         count, device = len(rng), self.place.device
+        revisited = 0 if around is None else len(around.centers)
 
         def draw(which: Tensor, attempt: int) -> Tensor:
             numbers = rng.rows(which).child(str(attempt))
-            if around is None:
-                return self.generator.sample_latents(len(which), numbers).to(device)
-            rows = which.to(device)
-            return self.generator.perturb(around[0][rows], around[1][rows], numbers)
+            again = which < revisited
+            parts = []
+            if around is not None and again.any():
+                rows = which[again].to(device)
+                near = numbers.rows(again).child("around")
+                parts.append(self.generator.perturb(around.centers[rows], around.scales[rows], near))
+            if not again.all():
+                parts.append(self.generator.sample_latents(int((~again).sum()), numbers.rows(~again)).to(device))
+            return torch.cat(parts)
 
         latents = draw(torch.arange(count), 0)
         if not self.landmarks:
@@ -387,26 +389,21 @@ class OnlineSource(Source):
         return latents, crops.to(device)
 
     def batch(self, step: int) -> Batch:
-        draw, again = divmod(step, 2) if self.resampling is not None else (step, 0)
-        if not again:
-            latents, images = self.faces(self.rng("latents", draw))
-            self._fresh = (draw, latents)
-        else:
-            if self._fresh[0] != draw:  # resumed between the two steps
-                self._fresh = (draw, self.faces(self.rng("latents", draw))[0])
-            latents = self._fresh[1]
-            if self.scales is None or self.scaled_step != step - 1:
-                raise InputError(f"step {step} needs the feedback of step {step - 1}, which this checkpoint lacks")
-            scales = self.scales[self.place.share()].to(latents)
-            images = self.faces(self.rng("perturbations", draw), (latents, scales))[1]
-        return Batch(images, self.rng("view", step))
+        around = None
+        if self.resampling is not None:
+            planned = self.resampling.plan(step, self.place.batch_size, self.place.seed)
+            if planned is not None:
+                share, device = self.place.share(), self.place.device
+                around = Around(planned.centers[share].to(device), planned.scales[share].to(device))
+        latents, images = self.faces(self.rng("latents", step), around)
+        return Batch(images, self.rng("view", step), latents=latents)
 
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
-        if self.resampling is None:
+        if self.resampling is None or batch.latents is None:
             return
-        cosines = F.cosine_similarity(student.embedding.float(), teacher.embedding.float())
-        self.scales = gather(self.resampling.scale(cosines.detach())).float()
-        self.scaled_step = int(batch.rng.indices[0]) // self.place.batch_size
+        step = int(batch.rng.indices[0]) // self.place.batch_size
+        judged = [F.normalize(seen.embedding.detach().float()) for seen in (student, teacher)]
+        self.resampling.learn(step, gather(batch.latents), *(gather(rows) for rows in judged))
 
     def held_out(self) -> Tensor:
         return self._aside("held out", self.place.held_out)
@@ -423,12 +420,10 @@ class OnlineSource(Source):
         return {"kind": "online", "real_faces": False} | self.generator.provenance()
 
     def state_dict(self) -> dict[str, Tensor]:
-        if self.scales is None:
-            return {}
-        return {"scales": self.scales.cpu(), "step": torch.tensor(self.scaled_step)}
+        return {} if self.resampling is None else self.resampling.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if set(state) - {"scales", "step"}:
-            raise InputError("this checkpoint belongs to another source than OnlineSource")
-        if state:
-            self.scales, self.scaled_step = state["scales"].to(self.place.device), int(state["step"])
+        if self.resampling is None:
+            super().load_state_dict(state)
+        else:
+            self.resampling.load_state_dict(state)
