@@ -189,7 +189,7 @@ def verify(
     )
 
 
-def table(results: Sequence[Verification] | Sequence[Report]) -> str:
+def table(results: Sequence[Verification | Report]) -> str:
     """The figures of several models on one benchmark as plain text, in percent with their 95 % intervals."""
     columns = [_rows(result) if isinstance(result, Verification) else result.rows for result in results]
     rows = [("percent [95 % interval]", "ISO/IEC 19795-1", *(result.model for result in results))]
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
     device = chosen_device(options.device)
-    results = []
+    results: list[Verification | Report] = []
     for source in options.model:
         recognizer = faceless.load(source).to(device)
         spec = recognizer.spec
@@ -293,10 +293,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))
         results.append(verify(recognizer, benchmark, bool(options.flip), options.bootstrap, options.seed, source))
     print(table(results))
-    scored = {r.model: r for r in results if r.genuine is not None and r.impostor is not None}
-    sweeps = {m: metrics.threshold_sweep(r.genuine, r.impostor) for m, r in scored.items()} if options.sweep else {}
-    if options.sweep and not sweeps:
-        raise InputError(f"--sweep true: {options.benchmark} has no pairs to be accepted or rejected")
+    scores = {result.model: found for result in results if (found := result.arrays())}
+    sweeps = {}
+    if options.sweep:
+        if not scores:
+            raise InputError(f"--sweep true: {options.benchmark} has no list of pairs to be accepted or rejected")
+        sweeps = {m: metrics.threshold_sweep(s["genuine"], s["impostor"]) for m, s in scores.items()}
     if options.json:
         summaries = [result.summary() | {"subset": options.people or "all"} for result in results]
         for summary in summaries:
@@ -305,25 +307,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         atomic_write(
             options.json, json_format.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=2) + "\n"
         )
-    if options.figures and scored:
-        write_figures(Path(options.figures), scored, options.bootstrap, sweeps)
+    if options.figures and scores:
+        write_figures(Path(options.figures), scores, options.bootstrap, sweeps)
 
 
 def write_figures(
     folder: Path,
-    scored: Mapping[str, Verification | Report],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
     bootstrap: int,
     sweeps: Mapping[str, metrics.Sweep],
 ) -> None:
     """``roc.svg``, ``det.svg`` and ``scores.svg``, and four figures of threshold sweeps where there are any."""
     from eval import figures  # matplotlib takes a second to import
 
-    named = {
-        model: figures.Scores(**result.arrays())
-        if isinstance(result, Verification)
-        else figures.Scores(result.genuine, result.impostor)
-        for model, result in scored.items()
-    }
+    named = {model: figures.Scores(**arrays) for model, arrays in scores.items()}
     shaded = figures.bands(named, bootstrap)
     atomic_write(folder / "roc.svg", figures.roc(named, shaded))
     atomic_write(folder / "det.svg", figures.det(named, shaded))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.benchmarks import att_faces, folder, pairs
+from eval.benchmarks import att_faces, folder, ijb, pairs
 from eval.benchmarks.benchmark import Benchmark, parse_people
 from eval.benchmarks.protocol import Protocol, Report, evaluate
 from faceless.align import FRAMINGS
@@ -17,6 +17,8 @@ BENCHMARKS = {att_faces.NAME: att_faces.load}
 #: Benchmarks with protocols of their own, written ``kind:path``.
 PROTOCOLS: dict[str, Callable[[str, str, int], Protocol]] = {
     "pairs": lambda path, framing, size: pairs.load(path, size),
+    "ijbb": lambda path, framing, size: ijb.load(path, "ijbb", framing, size),
+    "ijbc": lambda path, framing, size: ijb.load(path, "ijbc", framing, size),
     "rfw": lambda path, framing, size: pairs.load_groups(path, size),
 }
 MAX_SIZE = 1024

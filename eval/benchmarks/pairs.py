@@ -240,13 +240,14 @@ class Groups(Protocol):
         accuracies = [metrics.insightface_accuracy(part.distances, part.same, FOLDS).mean for part in parts]
         points = everyone.points()
         at_common = {key: self._by_group(parts, point.threshold) for key, point in points.items()}
+        mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
         figures = {
             "genuine": len(everyone.genuine),
             "impostor": len(everyone.impostor),
             "accuracy": {
                 "groups": {group.name: value for group, value in zip(self.groups, accuracies)},
-                "mean": float(np.mean(accuracies)),
-                "std": float(np.std(accuracies)),
+                "mean": mean,
+                "std": std,
             },
             "eer": metrics.eer(everyone.genuine, everyone.impostor),
             "auc": metrics.auc(everyone.genuine, everyone.impostor),
@@ -258,7 +259,7 @@ class Groups(Protocol):
                 (f"accuracy {group.name}", "10 folds, own thresholds", percent(v))
                 for group, v in zip(self.groups, accuracies)
             ),
-            ("accuracy", "mean +- std over groups", f"{percent(np.mean(accuracies))} +- {percent(np.std(accuracies))}"),
+            ("accuracy", "mean +- std over groups", f"{percent(mean)} +- {percent(std)}"),
         ]
         for key, found in at_common.items():
             for rate in ("fmr", "fnmr"):

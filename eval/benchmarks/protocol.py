@@ -53,6 +53,12 @@ class Report:
         """Everything but the scores, ready for JSON."""
         return {"benchmark": self.benchmark, "model": self.model, **self.figures, **self.record}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """``genuine`` and ``impostor`` scores, where the protocol has pairs."""
+        if self.genuine is None or self.impostor is None:
+            return {}
+        return {"genuine": self.genuine, "impostor": self.impostor}
+
 
 class Protocol(ABC):
     """Faces, and what is to be done with their embeddings.
