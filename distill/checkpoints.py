@@ -93,11 +93,18 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
         return
     before = yaml.safe_load(path.read_text()) or {}
     for key in sorted(set(before) | set(settings)):
-        if key not in FREE and before.get(key) != settings.get(key):
+        if key not in FREE and _given(before.get(key)) != _given(settings.get(key)):
             raise InputError(
                 f"{path.parent} holds a run with another {key} ({_short(before.get(key))} there, "
                 f"{_short(settings.get(key))} here): choose another output, or delete that folder"
             )
+
+
+def _given(value: Any) -> Any:
+    """Without what is null: an option that came later is off in the settings of an older run."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    return [_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

@@ -22,10 +22,12 @@ from eval import benchmarks, efficiency, report
 from eval.benchmarks import Benchmark, parse_people
 from eval.verify import verify
 from faceless import assets
+from faceless.errors import InputError
 from faceless.files import atomic_path, atomic_write
 from faceless.recognizer import Output, Recognizer
 
 SHOWN = 2048  # training faces looked at for the report
+TOLD = ("kind", "faces", "generator", "licence", "parts", "people")  # of the record, in the student's config
 
 
 def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
@@ -36,9 +38,23 @@ def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> B
         size = max(teacher.spec.height, teacher.spec.width)
         benchmark = benchmarks.load(run.verification.benchmark, framing=teacher.spec.framing, size=size)
     people = int(benchmark.identities.max()) + 1
+    trained = trained_on(run, people)
+    if trained and not run.verification.people:
+        raise InputError(f"the source trains on people of {benchmark.name}: set verification.people to others")
     for subset in run.verification.people:
-        parse_people(subset, people)
+        both = trained & set(range(people)[parse_people(subset, people)])
+        if both:
+            raise InputError(f"verification.people {subset} has person {min(both) + 1}, whom the source trains on")
     return benchmark
+
+
+def trained_on(run: Run, people: int) -> set[int]:
+    """Positions of the people of the benchmark, of whom there are so many, whose pictures the run trains on."""
+    found: set[int] = set()
+    for source, who in run.source.people():
+        if Path(source).resolve() == Path(str(run.verification.benchmark)).resolve():
+            found |= set(range(people)[slice(None) if who is None else parse_people(who, people)])
+    return found
 
 
 def finish(
@@ -73,22 +89,26 @@ def training_faces(run: Run) -> dict[str, Any]:
     record = run.source.record()
     return {
         "real_faces_in_training": run.source.real,
-        "training_faces": {key: record[key] for key in ("kind", "faces", "generator", "licence") if key in record},
+        "training_faces": {key: record[key] for key in TOLD if key in record},
     }
 
 
 def make_record(run: Run, teacher: Recognizer, benchmark: Benchmark | None) -> dict[str, Any]:
     """Where every training face came from, who taught, and under what licences."""
+    split = {}
+    if benchmark is not None and (people := trained_on(run, len(benchmark.names))):
+        names = [benchmark.names[i] for i in sorted(people)]
+        split = {"split": {"trained_on": names, "verified_on": run.verification.people}}
     return {
         "faceless": faceless.__version__,
         "torch": torch.__version__,
         "real_faces_in_training": run.source.real,
-        "sources": [run.source.record()],
+        "sources": run.source.records(),
         "teacher": teacher_record(teacher),
         "augment": asdict(run.augment),
         "benchmark": None if benchmark is None else benchmark.record,
         "assets": assets.used(),
-    }
+    } | split
 
 
 def save_faces(run: Run, output: Path, teacher: FrozenTeacher, student: Recognizer, objective: Objective) -> None:
@@ -114,7 +134,9 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
     """Verify each model on all people and on each subset, measure what it costs, and print the table."""
     chosen = run.verification
     people = int(benchmark.identities.max()) + 1
-    subsets = {"all": benchmark} | {name: benchmark.subset(parse_people(name, people)) for name in chosen.people}
+    # People who were trained on are not verified on; without such, everybody comes first.
+    subsets = {} if trained_on(run, people) else {"all": benchmark}
+    subsets |= {name: benchmark.subset(parse_people(name, people)) for name in chosen.people}
     costs = {label: efficiency.measure(model) for label, model in models.items()}
     results: dict[str, list[dict[str, Any]]] = {}
     scores: dict[str, np.ndarray] = {}
@@ -123,7 +145,7 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
         for label, model in models.items():
             found = verify(model, faces, flip=chosen.flip, bootstrap=chosen.bootstrap, seed=run.seed)
             results[name].append({"label": label} | found.summary() | {"efficiency": costs[label]})
-            if name == "all":
+            if name == next(iter(subsets)):
                 scores |= {f"{label}/{key}": array for key, array in found.arrays().items()}
     with atomic_path(output / "scores.npz") as path, path.open("wb") as file:
         np.savez_compressed(file, **scores)  # type: ignore[arg-type]

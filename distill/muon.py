@@ -42,6 +42,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized, for every weight of two or more axes; AdamW for the others.
 
+    AdamW serves groups marked ``table`` too: orthogonalizing would move all class centers to move those of a batch.
+
     A convolution kernel ``[out, in, h, w]`` is the matrix ``[out, in h w]``. Jordan et al., Muon: an optimizer for
     hidden layers in neural networks, 2024; the step is scaled by sqrt(max(1, rows / columns)).
 
@@ -91,7 +93,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                if parameter.ndim > 1:
+                if parameter.ndim > 1 and not group.get("table"):
                     self._turn(parameter, parameter.grad, state, group)
                 else:
                     self._adam(parameter, parameter.grad, state, group)

@@ -2,17 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.gather import processes
 from distill.losses.base import Loss
 from distill.losses.embedding import Centering
+from distill.losses.logits import ClassScores, CrossEntropy, LogitKD
 from faceless.errors import InputError, suggest
 from faceless.recognizer import Output, Recognizer
+
+SCALE = 1024.0  # of gradients whose norms are taken
+
+
+@dataclass
+class Adaptive:
+    """Weights that follow the sizes of the terms' gradients (AFL-KD).
+
+    Each weight is proportional to the fixed one divided by the norm of its term's gradient on the student's parameters
+    that all terms reach, so that the fixed weights become shares of the gradient; together they stay what the fixed
+    ones sum up to. Every refresh costs one backward pass of the student for each term: with 3 terms and ``every`` 10,
+    about a fifth of a training step, on average over the steps.
+
+    Args:
+        rule: ``matched``: as above, which is what the authors' text says. ``literal``: as their algorithm 1 has it,
+            which gives the cross-entropy the factor 1 / norm of the softened logits' gradient, and vice versa.
+        every: steps between two refreshes.
+        momentum: of the running mean of the norms, 0 for the latest only.
+        lowest, highest: bounds of a weight, as a share of all weights together, before these are scaled to their sum.
+            A term whose gradient vanishes would otherwise take all of it.
+    """
+
+    rule: Literal["matched", "literal"] = "matched"
+    every: int = 10
+    momentum: float = 0.9
+    lowest: float = 0.05
+    highest: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InputError(f"adaptive.every is {self.every}; it must be at least 1")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"adaptive.momentum is {self.momentum}; it must be at least 0 and below 1")
+        if not 0 <= self.lowest < self.highest <= 1:
+            raise InputError(f"adaptive.lowest {self.lowest} and highest {self.highest} must rise within 0..1")
+
+
+class GradientBalance(nn.Module):
+    """The state and the arithmetic of `Adaptive` weights.
+
+    Args:
+        settings: the rule.
+        losses: the terms; ``literal`` wants one `CrossEntropy` and one `LogitKD` among them.
+        weights: the fixed ones, by the same names.
+
+    Raises:
+        InputError: a weight is not positive, there is one term only, or ``literal`` does not find its terms.
+    """
+
+    norms: Tensor
+    weight: Tensor
+    shares: Tensor
+
+    def __init__(self, settings: Adaptive, losses: Mapping[str, Loss], weights: Mapping[str, float]):
+        super().__init__()
+        if len(losses) < 2 or min(weights.values()) <= 0:
+            raise InputError("adaptive weights need two losses or more, all with a positive weight")
+        self.settings = settings
+        self.step = 0
+        self.register_buffer("shares", torch.tensor([weights[name] for name in losses]), persistent=False)
+        self.register_buffer("norms", torch.zeros(len(losses)))
+        self.register_buffer("weight", torch.zeros(()))
+        order = list(range(len(losses)))
+        if settings.rule == "literal":
+            kinds = [type(loss) for loss in losses.values()]
+            if kinds.count(CrossEntropy) != 1 or kinds.count(LogitKD) != 1:
+                raise InputError("adaptive.rule literal swaps one CrossEntropy with one LogitKD; use matched")
+            a, b = kinds.index(CrossEntropy), kinds.index(LogitKD)
+            order[a], order[b] = b, a
+        self.order = order
+
+    def now(self) -> Tensor:
+        """``[terms]``: the weights; the fixed ones before the first refresh."""
+        total = self.shares.sum()
+        wanted = self.shares / (self.norms / self.weight.clamp(min=1e-12)).clamp(min=1e-6)[self.order]
+        bounded = (wanted / wanted.sum()).clamp(self.settings.lowest, self.settings.highest)
+        return torch.where(self.weight > 0, total * bounded / bounded.sum(), self.shares)
+
+    def due(self) -> bool:
+        """Whether this step refreshes; counts the steps."""
+        self.step += 1
+        return (self.step - 1) % self.settings.every == 0
+
+    def refresh(self, terms: Iterable[Tensor], parameters: list[nn.Parameter]) -> None:
+        """Take the gradients of ``terms`` (scalars whose graph is kept) with respect to ``parameters`` into account.
+
+        A norm is that of the gradient of all processes together. A refresh with a gradient that is not finite leaves
+        the weights as they were.
+        """
+        terms = list(terms)
+        found: list[tuple[Tensor | None, ...]] = []
+        for term in terms:
+            # Scaled up, as float16 activations lose small gradients; a term without a graph reaches nothing.
+            grads = (
+                torch.autograd.grad(term * SCALE, parameters, retain_graph=True, allow_unused=True)
+                if term.requires_grad
+                else (None,) * len(parameters)
+            )
+            found.append(grads)
+        shared = [i for i in range(len(parameters)) if all(grads[i] is not None for grads in found)]
+        if not shared:
+            raise InputError("adaptive weights: the losses share no parameter of the student; use fixed weights")
+        norms = torch.stack([self._norm([cast(Tensor, grads[i]) for i in shared]) for grads in found]) / SCALE
+        good = norms.isfinite().all()
+        keep = torch.where(good, self.settings.momentum, 1.0)
+        self.norms.lerp_(torch.where(good, norms, 0).to(self.norms), 1 - keep)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
+
+    @staticmethod
+    def _norm(grads: list[Tensor]) -> Tensor:
+        if processes() == 1:
+            return torch.stack(torch._foreach_norm([g.float() for g in grads])).norm()
+        flat = torch.cat([g.float().flatten() for g in grads])
+        dist.all_reduce(flat)
+        return flat.norm() / processes()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        (self.step,) = (int(v) for v in state)
+
+
+@dataclass
+class Classifier:
+    """Scores over the training identities, for losses of logits with a teacher that knows other people.
+
+    Args:
+        scale: multiplies the cosines to the class centers.
+        student: ``learned``: the student has class centers of its own, which start at the teacher's, learn, and are
+            dropped at the end; ``teacher``: it is scored against the teacher's.
+    """
+
+    scale: float = 64.0
+    student: Literal["learned", "teacher"] = "learned"
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise InputError(f"classifier.scale is {self.scale}; it must be positive")
 
 
 class Objective(nn.Module):
@@ -25,9 +167,11 @@ class Objective(nn.Module):
         center: subtract the teacher's mean embedding (see `Centering`).
         projection: ``"linear"`` maps a student of another D to the teacher's D with a bias-free matrix that is trained
             along and dropped afterwards; ``"none"`` refuses.
+        adaptive: let the weights follow the gradients; None keeps them.
+        classifier: give both outputs logits over the training identities; None takes what the networks give.
 
     Raises:
-        InputError: the dimensions differ and may not be projected, or a weight is missing.
+        InputError: the dimensions differ and may not be projected, a weight is missing, or weights cannot adapt.
 
     >>> from distill.losses.embedding import CosineEmbedding
     >>> objective = Objective({"cosine": CosineEmbedding()}, {"cosine": 2.0}, student_dim=4, teacher_dim=4)
@@ -45,6 +189,8 @@ class Objective(nn.Module):
         teacher_dim: int,
         center: bool = False,
         projection: str = "linear",
+        adaptive: Adaptive | None = None,
+        classifier: Classifier | None = None,
     ):
         super().__init__()
         if set(losses) != set(weights):
@@ -60,6 +206,43 @@ class Objective(nn.Module):
                     f"student.embedding_dim to {teacher_dim}, or projection to linear"
                 )
             self.projection = nn.Linear(student_dim, teacher_dim, bias=False)
+        self.balance = GradientBalance(adaptive, losses, weights) if adaptive is not None else None
+        self.scores: ClassScores | None = None
+        if classifier is not None:
+            self.scores = ClassScores(teacher_dim, scale=classifier.scale, learned=classifier.student == "learned")
+        self._watched: list[nn.Parameter] = []
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Name the student's parameters, for weights that adapt."""
+        self._watched = [p for p in parameters if p.requires_grad]
+
+    def weights_now(self) -> dict[str, float]:
+        """The weights by name; of adaptive ones, reading them waits for the device."""
+        return dict(zip(self.losses, self.balance.now().tolist())) if self.balance is not None else self.weights
+
+    @property
+    def needs_centers(self) -> bool:
+        """Whether the mean teacher embedding of each class is wanted before training starts."""
+        return self.scores is not None or any(loss.needs_centers for _, loss in self.terms())
+
+    def prime(self, centers: Tensor) -> None:
+        """Give the class centers ``[C, D]`` to all that want them.
+
+        Raises:
+            InputError: a loss is for another number of classes.
+        """
+        if self.scores is not None:
+            self.scores.prime(centers.to(self.scores.centers))
+        for name, loss in self.terms():
+            if loss.needs_centers:
+                if loss.classes != len(centers):
+                    raise InputError(f"losses.{name} is for {loss.classes} classes, and the faces have {len(centers)}")
+                cast(Any, loss).prime(centers)
+
+    def tables(self) -> list[nn.Parameter]:
+        """Class centers that learn: parameters of which a step moves the rows of few classes."""
+        found = [p for name, p in self.named_parameters() if name.endswith((".centers", "scores.students"))]
+        return [p for p in found if p.requires_grad]
 
     def terms(self) -> list[tuple[str, Loss]]:
         """The losses with their names."""
@@ -106,7 +289,9 @@ class Objective(nn.Module):
         for name, loss in self.terms():
             try:
                 loss.prepare(*outputs)
-                s, t = self.comparable(*outputs)
+                s, t = self._scored(*self.comparable(*outputs))
+                if loss.needs_centers:
+                    cast(Any, loss).prime(torch.ones(loss.classes or 0, t.embedding.shape[1]))
                 loss(s, t, torch.zeros(2, dtype=torch.long) if loss.needs_labels else None)
             except ValueError as error:
                 raise InputError(f"losses.{name}: {error}") from error
@@ -121,6 +306,11 @@ class Objective(nn.Module):
             teacher = replace(teacher, embedding=teacher.embedding - self.centering.mean)
         return student, teacher
 
+    def _scored(self, student: Output, teacher: Output) -> tuple[Output, Output]:
+        if self.scores is None:
+            return student, teacher
+        return self.scores.of_student(student), self.scores.of_teacher(teacher)
+
     def forward(
         self, student: Output, teacher: Output, labels: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,6 +319,12 @@ class Objective(nn.Module):
             student = replace(student, embedding=self.projection(student.embedding))
         if self.centering is not None:
             teacher = self.centering(teacher)
+        student, teacher = self._scored(student, teacher)
         terms = {name: loss(student, teacher, labels) for name, loss in self.terms()}
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        if self.balance is None:
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        else:
+            if self.training and self._watched and self.balance.due():
+                self.balance.refresh(terms.values(), self._watched)
+            total = (self.balance.now() * torch.stack(list(terms.values()))).sum()
         return total, {name: term.detach() for name, term in terms.items()}

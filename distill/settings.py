@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from distill.augment import Augment
 from distill.losses.base import Loss
+from distill.objective import Adaptive, Classifier
 from distill.sources import Source
 from faceless.errors import InputError
 
@@ -118,6 +119,11 @@ class Run:
             so that the student learns to see through the augmentation.
         teacher_cache: folder to keep the teacher's embeddings of all views of a fixed set of faces in, so that it runs
             once per view instead of once per step; None asks it at every step. Views need the source's ``views``.
+            Feature maps that losses want are kept beside them.
+        pseudo_identities: label the faces of a corpus by that many clusters of their cached teacher embeddings, for
+            losses that need labels.
+        classifier: give student and teacher scores over the identities, for losses that need logits.
+        adaptive: let the weights of the losses follow the sizes of their gradients; null keeps them.
         center: subtract the teacher's mean embedding from its embeddings before any loss.
         projection: how a student of another D meets the teacher: ``linear`` (trained along, dropped at the end), or
             ``none`` (an error).
@@ -143,6 +149,9 @@ class Run:
     augment: Augment = field(default_factory=Augment)
     teacher_sees: Literal["view", "face"] = "view"
     teacher_cache: str | None = None
+    pseudo_identities: int | None = None
+    classifier: Classifier | None = None
+    adaptive: Adaptive | None = None
     center: bool = False
     projection: Literal["linear", "none"] = "linear"
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -167,5 +176,7 @@ class Run:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be at least 0 and below 1")
+        if self.pseudo_identities is not None and (self.pseudo_identities < 2 or self.teacher_cache is None):
+            raise InputError("pseudo_identities is the number of clusters, 2 or more, and needs teacher_cache")
         if not self.losses:
             raise InputError("losses is empty; name at least one loss, for example losses.cosine")

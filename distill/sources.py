@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.gather import gather
-from eval.benchmarks import folder
+from eval import benchmarks
 from faceless import align
 from faceless.errors import InputError
 from faceless.randomness import Rng, permutation
@@ -62,9 +63,12 @@ class Place:
     processes: int = 1
     device: torch.device = CPU
     held_out: int = 0
+    piece: slice | None = None
 
     def share(self) -> slice:
-        """The samples of a global batch that are this process's."""
+        """The samples of a global batch that are this process's: ``piece``, or an even share."""
+        if self.piece is not None:
+            return self.piece
         if self.batch_size % self.processes:
             raise InputError(f"batch_size {self.batch_size} cannot be split evenly over {self.processes} processes")
         size = self.batch_size // self.processes
@@ -76,11 +80,17 @@ class Source(ABC):
 
     Attributes:
         labelled: whether batches carry labels.
+        classes: how many identities the labels name; known after `prepare`.
         real: whether its faces are of real people.
     """
 
     labelled = False
+    classes = 0
     real = False
+
+    def people(self) -> list[tuple[str, str | None]]:
+        """Whose pictures it trains on, known before `prepare`: benchmarks or folders, and which people of each."""
+        return []
 
     def write(self) -> None:  # noqa: B027
         """Make on disk what is not there yet (a corpus); called once on one process, before `prepare`."""
@@ -104,6 +114,10 @@ class Source(ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """Where the faces come from, for the provenance of the run."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The same, in full, for each place that faces come from."""
+        return [self.record()]
 
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:  # noqa: B027
         """Learn how student and teacher judged a batch, in comparable embeddings."""
@@ -163,12 +177,25 @@ class Rows(Source):
                 f"of {place.batch_size}; add faces, or lower batch_size or validation.faces"
             )
         self._reader = ThreadPoolExecutor(1, "faces")
+        if self.labels is not None:
+            self.label(self.labels)
         if self.in_memory:
             chunks = torch.arange(self.total()).split(1024)
             self._memory = torch.cat([self.read(rows) for rows in chunks])
 
     def name(self) -> str:
         return type(self).__name__
+
+    def label(self, labels: Tensor) -> None:
+        """Give every row an identity: ``[total]`` int64, -1 for none.
+
+        Raises:
+            InputError: there are not as many labels as faces, or one is below -1.
+        """
+        if labels.shape != (self.total(),) or labels.is_floating_point() or (labels < -1).any():
+            raise InputError(f"{self.name()}: labels are whole numbers from -1, one for each of {self.total()} faces")
+        self.labels = labels.long()
+        self.labelled, self.classes = True, int(labels.max()) + 1
 
     def faces(self, rows: Tensor) -> Tensor:
         return self.read(rows) if self._memory is None else self._memory[rows]
@@ -218,6 +245,8 @@ class CorpusSource(Rows):
         recipe: settings for ``synth/generate.py`` to write it with when it is missing or unfinished; None makes a
             missing corpus an error.
         faces: use only the first so many; None uses all.
+        labels: a ``.npy`` file with an identity for each row (-1 for none), such as pseudo-identities; None takes the
+            corpus's own ``identity`` column, if it has one.
         views, in_memory: see `Rows`.
     """
 
@@ -227,11 +256,12 @@ class CorpusSource(Rows):
         path: str,
         recipe: str | None = None,
         faces: int | None = None,
+        labels: str | None = None,
         views: int | None = None,
         in_memory: bool = False,
     ):
         super().__init__(views=views, in_memory=in_memory)
-        self.path, self.recipe, self.limit = path, recipe, faces
+        self.path, self.recipe, self.limit, self.label_file = path, recipe, faces, labels
 
     def name(self) -> str:
         return str(self.path)
@@ -247,9 +277,10 @@ class CorpusSource(Rows):
     def prepare(self, place: Place) -> None:
         self.corpus = Corpus(self.path)
         self.real = bool(self.corpus.manifest.get("real_faces", True))
-        if "identity" in self.corpus.columns:
-            self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)
-            self.labelled = True
+        if self.label_file is not None:
+            self.labels = read_labels(Path(self.label_file))[: self.total()]
+        elif "identity" in self.corpus.columns:
+            self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)[: self.total()]
         super().prepare(place)
 
     def total(self) -> int:
@@ -265,11 +296,23 @@ class CorpusSource(Rows):
         return {"kind": "corpus", "path": str(self.path), "faces": self.size, "manifest": self.corpus.manifest}
 
 
+def read_labels(path: Path) -> Tensor:
+    """``[rows]`` whole numbers from a ``.npy`` file."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file of labels ({error})") from error
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise InputError(f"{path}: labels are one whole number for each face, these are {found.dtype} {found.shape}")
+    return torch.from_numpy(found.astype(np.int64))
+
+
 class FolderSource(Rows):
     """Real faces: a folder with one sub-folder per identity. A run that uses it says so loudly.
 
     Args:
-        path: the folder.
+        path: the folder, or the name of a benchmark such as ``att-faces``.
+        people: train on these only, such as ``1-20``; a run refuses to verify on any of them. None takes all.
         framing, size: how and to what side faces are aligned (see `faceless.align`).
         aligned: whether the images are crops of that framing already.
         views, in_memory: see `Rows`.
@@ -282,21 +325,28 @@ class FolderSource(Rows):
         self,
         *,
         path: str,
+        people: str | None = None,
         framing: str = "dlib",
         size: int = 112,
         aligned: bool = False,
         views: int | None = None,
     ):
         super().__init__(views=views, in_memory=True)
-        self.path, self.framing, self.side, self.aligned = path, framing, size, aligned
+        self.path, self.chosen, self.framing, self.side, self.aligned = path, people, framing, size, aligned
 
     def name(self) -> str:
         return str(self.path)
 
     def prepare(self, place: Place) -> None:
-        self.benchmark = folder.load(Path(self.path), self.framing, self.side, align=not self.aligned)
+        self.benchmark = benchmarks.load(self.path, self.framing, self.side, align=not self.aligned)
+        if self.chosen is not None:
+            everybody = len(self.benchmark.names)
+            self.benchmark = self.benchmark.subset(benchmarks.parse_people(self.chosen, everybody))
         self.labels = self.benchmark.identities
         super().prepare(place)
+
+    def people(self) -> list[tuple[str, str | None]]:
+        return [(self.path, self.chosen)]
 
     def total(self) -> int:
         return len(self.benchmark.images)
@@ -308,7 +358,9 @@ class FolderSource(Rows):
         return hashlib.sha256(self.benchmark.images.numpy().tobytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "folder", "path": str(self.path), "faces": self.size, "real_faces": True}
+        names = list(self.benchmark.names)
+        split = {} if self.chosen is None else {"people": self.chosen, "identities": names}
+        return {"kind": "folder", "path": str(self.path), "faces": self.size, "real_faces": True} | split
 
 
 class OnlineSource(Source):

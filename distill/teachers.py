@@ -1,18 +1,21 @@
-"""Teachers: frozen recognizers, asked at every step or once beforehand."""
+"""Teachers: frozen recognizers, asked at every step, or once beforehand, or both in a mixture."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.augment import Augment
+from distill.losses.margin import check_labels
+from distill.mixtures import MixedBatch
 from distill.sources import Batch, Rows
 from faceless.errors import InputError
 from faceless.files import atomic_path
@@ -58,7 +61,8 @@ class CachedTeacher(FrozenTeacher):
 
     The cache is keyed by the teacher's weights, the faces, the augmentation, the seed and the number of views, and is
     written in parts of fixed size by all processes together: an interrupted filling goes on, and the numbers do not
-    depend on who computed them.
+    depend on who computed them. Features, if any are wanted, lie beside the embeddings in folders of their own, so that
+    runs with and without them share the embeddings.
 
     Args:
         recognizer, autocast: as in `FrozenTeacher`.
@@ -66,6 +70,7 @@ class CachedTeacher(FrozenTeacher):
         source: whose faces; with ``augment`` it must have a fixed number of views.
         augment: the augmentation of the run, or None where the teacher sees the faces as they are: one view each.
         seed: of the run.
+        features: as in `FrozenTeacher`; kept as float32.
     """
 
     def __init__(
@@ -77,8 +82,9 @@ class CachedTeacher(FrozenTeacher):
         source: Rows,
         augment: Augment | None,
         seed: int,
+        features: tuple[str, ...] = (),
     ):
-        super().__init__(recognizer, autocast)
+        super().__init__(recognizer, autocast, features)
         if augment is not None and source.views is None:
             raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
         self.source, self.augment = source, augment
@@ -94,10 +100,12 @@ class CachedTeacher(FrozenTeacher):
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / f"teacher-{digest}"
         self.parts = -(-source.size // PART)
-        self._open: dict[tuple[int, int], np.ndarray] = {}
+        self._open: dict[tuple[int, int, str], np.ndarray] = {}
 
-    def path(self, view: int, part: int) -> Path:
-        return self.folder / f"view-{view:03d}" / f"part-{part:06d}.npy"
+    def path(self, view: int, part: int, feature: str = "") -> Path:
+        """Where the embeddings, or the named features, of a part of a view lie."""
+        folder = self.folder / f"feature-{feature}" if feature else self.folder
+        return folder / f"view-{view:03d}" / f"part-{part:06d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
         """``(view, part)`` of what is still to be computed."""
@@ -105,7 +113,7 @@ class CachedTeacher(FrozenTeacher):
             (view, part)
             for view in range(self.views)
             for part in range(self.parts)
-            if not self.path(view, part).is_file()
+            if not all(self.path(view, part, name).is_file() for name in ("", *self.features))
         ]
 
     def fill(self, rank: int, processes: int, device: torch.device, progress: Callable[[Iterable], Iterable]) -> None:
@@ -114,16 +122,21 @@ class CachedTeacher(FrozenTeacher):
         for view, part in progress(work):
             first = part * PART
             rows = torch.arange(first, min(first + PART, self.source.size))
-            found = []
+            found: dict[str, list[Tensor]] = {name: [] for name in ("", *self.features)}
             for chunk in rows.split(CHUNK):
                 faces = self.source.faces(chunk).to(device)
                 if self.augment is not None:
                     faces = self.augment(faces, self.source.augmentation(chunk, view))
-                found.append(self.see(faces).embedding.cpu())
-            path = self.path(view, part)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, torch.cat(found).numpy(), allow_pickle=False)
+                seen = self.see(faces)
+                for name, values in found.items():
+                    values.append((seen.features[name].float() if name else seen.embedding).cpu())
+            for name, values in found.items():
+                path = self.path(view, part, name)
+                if path.is_file():
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, torch.cat(values).contiguous().numpy(), allow_pickle=False)
 
     def mean(self) -> Tensor:
         """``[D]``: mean embedding over all cached views, float32."""
@@ -135,26 +148,98 @@ class CachedTeacher(FrozenTeacher):
                 count += len(block)
         return (total / count).float()
 
-    def _part(self, view: int, part: int) -> np.ndarray:
-        if (view, part) not in self._open:
-            path = self.path(view, part)
+    def embeddings(self) -> Tensor:
+        """``[size, D]``: the cached embeddings of the first view."""
+        return torch.cat([torch.from_numpy(np.array(self._part(0, part))) for part in range(self.parts)])
+
+    def class_centers(self, labels: Tensor, classes: int, mean: Tensor | None = None) -> Tensor:
+        """``[classes, D]``: mean unit embedding of each class over all views; zero for a class without a face.
+
+        Args:
+            labels: ``[size]``, -1 for faces that do not count.
+            mean: ``[D]``, subtracted from the embeddings first.
+        """
+        check_labels(labels, classes)
+        sums = torch.zeros(classes, self.recognizer.embedding_dim)
+        for view in range(self.views):
+            for part in range(self.parts):
+                block = torch.from_numpy(np.array(self._part(view, part)))
+                own = labels[part * PART : part * PART + len(block)]
+                unit = F.normalize(block if mean is None else block - mean)
+                sums.index_add_(0, own[own >= 0], unit[own >= 0])
+        counts = torch.bincount(labels[labels >= 0], minlength=classes).clamp(min=1) * self.views
+        return sums / counts.unsqueeze(1)
+
+    def _part(self, view: int, part: int, feature: str = "") -> np.ndarray:
+        if (view, part, feature) not in self._open:
+            path = self.path(view, part, feature)
             try:
                 block = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise InputError(f"{path}: damaged teacher cache ({error}); delete it and run again") from error
             rows = min(PART, self.source.size - part * PART)
-            if block.shape != (rows, self.recognizer.embedding_dim) or block.dtype != np.float32:
+            expected = (rows, *block.shape[1:]) if feature else (rows, self.recognizer.embedding_dim)
+            if block.shape != expected or block.dtype != np.float32:
                 raise InputError(f"{path}: damaged teacher cache; delete it and run again")
-            self._open[view, part] = block
-        return self._open[view, part]
+            self._open[view, part, feature] = block
+        return self._open[view, part, feature]
 
     def forward(self, images: Tensor, batch: Batch) -> Output:
         if batch.rows is None or batch.view is None:
             raise InputError("teacher_cache needs a source whose faces recur, such as CorpusSource")
         view = 0 if self.augment is None else batch.view
-        found = torch.empty(len(batch.rows), self.recognizer.embedding_dim)
-        where = batch.rows // PART
+        found = {
+            name: self._rows(view, batch.rows, name).to(images.device, non_blocking=True) for name in self.features
+        }
+        return Output(self._rows(view, batch.rows).to(images.device, non_blocking=True), features=found)
+
+    def _rows(self, view: int, rows: Tensor, feature: str = "") -> Tensor:
+        where = rows // PART
+        found: Tensor | None = None
         for part in where.unique().tolist():
             chosen = where == part
-            found[chosen] = torch.from_numpy(self._part(view, part)[(batch.rows[chosen] % PART).numpy()])
-        return Output(found.to(images.device, non_blocking=True))
+            block = torch.from_numpy(self._part(view, part, feature)[(rows[chosen] % PART).numpy()])
+            if found is None:
+                found = torch.empty(len(rows), *block.shape[1:])
+            found[chosen] = block
+        assert found is not None
+        return found
+
+
+class MixedTeacher(FrozenTeacher):
+    """A teacher for a mixture: cached where faces recur, asked at every step where they do not.
+
+    Args:
+        recognizer, autocast, features: as in `FrozenTeacher`.
+        cached: caches by name of the part; the other parts' faces are shown to the recognizer.
+    """
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        autocast: torch.dtype | None,
+        features: tuple[str, ...],
+        cached: Mapping[str, CachedTeacher],
+    ):
+        super().__init__(recognizer, autocast, features)
+        self.cached = dict(cached)  # no sub-modules: they share the recognizer
+
+    def forward(self, images: Tensor, batch: Batch) -> Output:
+        if not isinstance(batch, MixedBatch):
+            raise InputError("this teacher is for batches of a MixtureSource")
+        outputs, places = [], []
+        for name, (where, part) in batch.parts.items():
+            where = where.to(images.device)
+            teacher = self.cached.get(name)
+            outputs.append(self.see(images[where]) if teacher is None else teacher(images[where], part))
+            places.append(where)
+        order = torch.cat(places).argsort()
+
+        def mixed(rows: list[Tensor]) -> Tensor:
+            return torch.cat([x.float() for x in rows])[order]
+
+        features = {name: mixed([out.features[name] for out in outputs]) for name in self.features}
+        logits = [out.logits for out in outputs if out.logits is not None]
+        return Output(
+            mixed([out.embedding for out in outputs]), mixed(logits) if len(logits) == len(outputs) else None, features
+        )

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +24,13 @@ import faceless
 from distill.checkpoints import Checkpoints, Metrics, check_same_settings
 from distill.finish import finish, load_benchmark
 from distill.global_norm import globalize
+from distill.identities import stored
+from distill.mixtures import MixtureSource
 from distill.muon import Muon
 from distill.objective import Objective
 from distill.settings import Optimizer, Run
 from distill.sources import Place, Rows
-from distill.teachers import CachedTeacher, FrozenTeacher
+from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher
 from distill.validation import Validator
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
@@ -69,16 +72,17 @@ def train(settings: Settings[Run]) -> Path:
         run.validation.faces,
     )
     run.source.prepare(place)
-    if objective.needs_labels and not run.source.labelled:
-        raise InputError(f"losses.{objective.needs_labels[0]} needs labels, and {type(run.source).__name__} has none")
+    check_labels(run, objective)
     if run.source.real:
         accelerator.print("\n  REAL FACES: this run trains on pictures of real people; its record says so.\n")
 
     teacher = make_teacher(run, teacher_net, objective, accelerator)
+    identify(run, teacher, objective, accelerator)
     student = globalize(student.to(device).to(memory_format=torch.channels_last), device)
     objective.to(device)
+    objective.watch(student.parameters())
     average = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = make_optimizer(run.optimizer, [student, objective])
+    optimizer = make_optimizer(run.optimizer, [student, objective], objective.tables())
     validator = Validator(run.validation, run.source.held_out(), teacher, objective, device)
 
     checkpoints = Checkpoints(output / "checkpoints", run.keep_checkpoints)
@@ -96,6 +100,8 @@ def train(settings: Settings[Run]) -> Path:
         objective = accelerator.prepare_model(objective)
     bare_objective = accelerator.unwrap_model(objective)
     if run.compile:
+        if run.adaptive is not None:  # gradients are taken more than once
+            torch._functorch.config.donated_buffer = False
         trained = torch.compile(trained)
     if saved is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
@@ -163,6 +169,9 @@ def train(settings: Settings[Run]) -> Path:
                 named = dict(zip(terms, values))
                 bar.set_postfix(loss=f"{loss:.3f}", faces_per_s=f"{speed:.0f}")
                 entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 1)}
+                if run.adaptive is not None:
+                    entry["weights"] = bare_objective.weights_now()
+                    named |= {f"weight/{name}": weight for name, weight in entry["weights"].items()}
                 if metrics:
                     metrics.write(entry)
                 accelerator.log({"loss": loss, "lr": rate, "faces_per_second": speed} | named, step=step)
@@ -236,6 +245,8 @@ def make_objective(run: Run, student: Recognizer, teacher: Recognizer) -> Object
         teacher_dim=teacher.embedding_dim,
         center=run.center,
         projection=run.projection,
+        adaptive=run.adaptive,
+        classifier=run.classifier,
     )
     objective.probe(student, teacher)
     return objective
@@ -247,34 +258,96 @@ def make_teacher(run: Run, net: Recognizer, objective: Objective, accelerator: A
     net = net.to(accelerator.device)
     if run.teacher_cache is None:
         return FrozenTeacher(net, dtype, objective.teacher_features)
-    if not isinstance(run.source, Rows):
+    sources = run.source.sources if isinstance(run.source, MixtureSource) else {"": run.source}
+    recurring = {name: source for name, source in sources.items() if isinstance(source, Rows)}
+    if not recurring:
         raise InputError(f"teacher_cache: {type(run.source).__name__} never shows a face twice; remove teacher_cache")
     augment = run.augment if run.teacher_sees == "view" else None
-    if objective.teacher_features:
-        raise InputError(f"teacher_cache keeps embeddings only, and the losses want {objective.teacher_features[0]!r}")
-    teacher = CachedTeacher(
-        net, dtype, folder=Path(run.teacher_cache), source=run.source, augment=augment, seed=run.seed
-    )
     hidden = not accelerator.is_local_main_process
-    teacher.fill(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-        lambda work: tqdm(work, desc="teacher", unit="part", disable=hidden or not work),
-    )
+    caches: dict[str, CachedTeacher] = {}
+    for name, source in recurring.items():
+        caches[name] = CachedTeacher(
+            net,
+            dtype,
+            folder=Path(run.teacher_cache),
+            source=source,
+            augment=augment,
+            seed=run.seed,
+            features=objective.teacher_features,
+        )
+        caches[name].fill(
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            lambda work: tqdm(work, desc="teacher", unit="part", disable=hidden or not work),
+        )
     accelerator.wait_for_everyone()
-    if objective.centering is not None:
-        objective.centering.prime(teacher.mean())
-    return teacher
+    if objective.centering is not None and len(caches) == len(sources):
+        shares = run.source.shares if isinstance(run.source, MixtureSource) else {"": 1.0}
+        means = torch.stack([shares[name] * cache.mean() for name, cache in caches.items()])
+        objective.centering.prime(means.sum(0))
+    if isinstance(run.source, MixtureSource):
+        return MixedTeacher(net, dtype, objective.teacher_features, caches)
+    return caches[""]
 
 
-def make_optimizer(settings: Optimizer, modules: list[nn.Module]) -> torch.optim.Optimizer:
-    """Weight decay for matrices and kernels only."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
+def check_labels(run: Run, objective: Objective) -> None:
+    """Compare the identities of the faces with what the losses need.
+
+    Raises:
+        InputError: naming the loss, or the setting, that does not fit.
+    """
+    name, source = type(run.source).__name__, run.source
+    if objective.needs_labels and not source.labelled and run.pseudo_identities is None:
+        raise InputError(
+            f"losses.{objective.needs_labels[0]} needs labels, and {name} has none; "
+            "for a corpus, pseudo_identities makes some"
+        )
+    if run.pseudo_identities is not None and not isinstance(source, Rows):
+        raise InputError(f"pseudo_identities are clusters of the faces of one corpus, and {name} is none")
+    classes = run.pseudo_identities or source.classes
+    for term, loss in objective.terms():
+        if loss.classes is not None and classes > loss.classes:
+            raise InputError(f"losses.{term} is for {loss.classes} classes, and the faces have {classes} identities")
+    if objective.needs_centers and not (isinstance(source, Rows) and run.teacher_cache is not None and classes > 1):
+        wants = "classifier" if run.classifier is not None else "a loss of frozen centers"
+        raise InputError(
+            f"{wants} needs the mean teacher embedding of each identity: set teacher_cache, and a labelled source "
+            "or pseudo_identities"
+        )
+
+
+def identify(run: Run, teacher: FrozenTeacher, objective: Objective, accelerator: Accelerator) -> None:
+    """Give the faces pseudo-identities, and the objective the mean teacher embedding of each identity, as wanted."""
+    source = run.source
+    if not isinstance(source, Rows) or not isinstance(teacher, CachedTeacher):
+        return
+    mean = None if objective.centering is None else objective.centering.mean
+    if run.pseudo_identities is not None:
+        kind = "plain" if mean is None else "centered"
+        path = teacher.folder / f"identities-{run.pseudo_identities}-{kind}-seed{run.seed}.npy"
+        with accelerator.main_process_first():
+            embeddings = teacher.embeddings()
+            labels = stored(path, embeddings if mean is None else embeddings - mean, run.pseudo_identities, run.seed)
+        # Faces that are held out have none.
+        source.label(torch.cat((labels, labels.new_full((source.total() - source.size,), -1))))
+    if objective.needs_centers:
+        assert source.labels is not None
+        objective.prime(teacher.class_centers(source.labels[: source.size], source.classes, mean))
+
+
+def make_optimizer(
+    settings: Optimizer, modules: list[nn.Module], tables: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Weight decay for matrices and kernels only; not for ``tables`` of class centers, of which a step moves few."""
+    apart = {id(p) for p in tables}
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if tables:
+        groups.append({"params": list(tables), "weight_decay": 0.0, "table": True})
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
     if settings.name == "muon":

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.gather import gather
 from distill.losses.base import Loss, one_of, positive, same_dim
-from distill.losses.margin import GRADIENTS, check_labels, margin_softmax, random_rows
+from distill.losses.margin import (
+    GRADIENTS,
+    check_labels,
+    check_negatives,
+    margin_softmax,
+    random_rows,
+    sampled_classes,
+)
 from faceless.recognizer import Output
 
 
@@ -26,16 +33,43 @@ def class_centers(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
     return sums / torch.bincount(labels[known], minlength=classes).clamp(min=1).unsqueeze(1)
 
 
+class _Draws(nn.Module):
+    """How often random classes were drawn; a module of its own, so that it is only in checkpoints that need it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        (self.step,) = (int(v) for v in state)
+
+
 class _TeacherCenters(Loss):
     needs_labels = True
+    classes: int
     centers: Tensor
 
     def __init__(
-        self, embedding_dim: int, classes: int, kind: str, scale: float, margin: float, gradient: str, seed: int
+        self,
+        embedding_dim: int,
+        classes: int,
+        kind: str,
+        scale: float,
+        margin: float,
+        gradient: str,
+        negatives: int | None,
+        seed: int,
     ):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes is {classes}; a head needs at least 2")
+        self.classes = classes
+        self.negatives = check_negatives(negatives)
+        self.draws = _Draws() if negatives is not None and negatives < classes else None
+        self.seed = seed
         self.kind = one_of(("arc", "cos"), kind=kind)
         self.scale = positive(scale=scale)
         self.gradient = one_of(GRADIENTS, gradient=gradient)
@@ -43,7 +77,15 @@ class _TeacherCenters(Loss):
         self.register_buffer("centers", random_rows(classes, embedding_dim, seed, "teacher centers"))
 
     def _softmax(self, S: Tensor, labels: Tensor) -> Tensor:
-        cosines = F.normalize(S) @ F.normalize(self.centers).to(S.dtype).T
+        centers = self.centers
+        if self.draws is not None:
+            assert self.negatives is not None
+            step = self.draws.step
+            if self.training:
+                self.draws.step += 1
+            chosen, labels = sampled_classes(labels, self.classes, self.negatives, self.seed, step)
+            centers = centers[chosen]
+        cosines = F.normalize(S) @ F.normalize(centers).to(S.dtype).T
         return margin_softmax(
             cosines, labels, kind=self.kind, scale=self.scale, margin=self.margin, gradient=self.gradient
         )
@@ -61,7 +103,8 @@ class FrozenCenters(_TeacherCenters):
         classes: number of identities C.
         kind: ``"arc"`` or ``"cos"``: where the margin applies.
         scale, margin: multiplies the cosines; radians or cosine.
-        gradient: as for `distill.losses.margin.ArcFace`.
+        gradient, negatives: as for `distill.losses.margin.ArcFace`.
+        seed: of the random classes.
 
     Shape:
         both embeddings ``[B, D]``, labels ``[B]`` in 0..C-1, or -1 for none; returns a scalar.
@@ -75,6 +118,8 @@ class FrozenCenters(_TeacherCenters):
     torch.Size([])
     """
 
+    needs_centers = True
+
     def __init__(
         self,
         *,
@@ -84,8 +129,10 @@ class FrozenCenters(_TeacherCenters):
         scale: float = 64.0,
         margin: float = 0.45,
         gradient: str = "exact",
+        negatives: int | None = None,
+        seed: int = 0,
     ):
-        super().__init__(embedding_dim, classes, kind, scale, margin, gradient, seed=0)
+        super().__init__(embedding_dim, classes, kind, scale, margin, gradient, negatives, seed)
         self.primed = False
 
     @torch.no_grad()
@@ -132,7 +179,8 @@ class AdaDistill(_TeacherCenters):
         renormalize: keep stored centers at unit length. Officially they shrink below it, so that later faces weigh more
             than 1 - a.
         gradient: as for `distill.losses.margin.ArcFace`; officially exact.
-        seed: of the initial centers, which the first face of a class all but replaces.
+        negatives: as for `distill.losses.margin.ArcFace`; centers move all the same.
+        seed: of the initial centers, which the first face of a class all but replaces, and of the random classes.
 
     Shape:
         both embeddings ``[B, D]``, labels ``[B]`` in 0..C-1, or -1 for none; returns a scalar.
@@ -156,9 +204,10 @@ class AdaDistill(_TeacherCenters):
         weighted: bool = True,
         renormalize: bool = False,
         gradient: str = "exact",
+        negatives: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(embedding_dim, classes, kind, scale, margin, gradient, seed)
+        super().__init__(embedding_dim, classes, kind, scale, margin, gradient, negatives, seed)
         self.weighted = weighted
         self.renormalize = renormalize
 

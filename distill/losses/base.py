@@ -28,12 +28,16 @@ class Loss(nn.Module, ABC):
         needs_labels: whether ``labels`` must be given; a label of -1 marks a face without one, which does not count.
         needs_logits: whether both outputs must carry logits over the same classes.
         needs_features: whether the outputs must carry feature maps.
+        needs_centers: whether it wants the mean teacher embedding of each class, through ``prime(centers [C, D])``.
+        classes: how many identities its labels may name; None where any number will do.
         student_features, teacher_features: names of the sub-modules whose outputs these are.
     """
 
     needs_labels: bool = False
     needs_logits: bool = False
     needs_features: bool = False
+    needs_centers: bool = False
+    classes: int | None = None
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
 

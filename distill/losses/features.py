@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,49 @@ class Hint(_FeatureLoss):
         if self.adapter is not None:
             Fs = F.conv2d(Fs, self.adapter.weight.to(Fs.dtype))
         return mean((Fs - Ft).square())
+
+
+class Hints(Loss):
+    """The mean of `Hint` over several stages, each with an adapter of its own.
+
+    The feature term of AFL-KD, whose pseudocode has one projection for all stages; the stages differ in channels. No
+    labels.
+
+    Args:
+        student_layers, teacher_layers: as for `Hint`, stage by stage.
+        seed: of the learned maps.
+
+    Shape:
+        features as for `Hint`; returns a scalar.
+
+    Raises:
+        ValueError: no stages, as many student as teacher layers are not given, or as `Hint`.
+
+    >>> hints = Hints(student_layers=["a", "b"], teacher_layers=["a", "b"])
+    >>> two = {"a": torch.ones(2, 8, 7, 7), "b": torch.ones(2, 4)}
+    >>> hints(Output(torch.zeros(2, 4), features=two), Output(torch.zeros(2, 4), features=two))
+    tensor(0.)
+    """
+
+    needs_features = True
+
+    def __init__(self, *, student_layers: Sequence[str], teacher_layers: Sequence[str], seed: int = 0):
+        super().__init__()
+        if len(student_layers) != len(teacher_layers) or not student_layers:
+            raise ValueError(f"{len(student_layers)} student_layers and {len(teacher_layers)} teacher_layers: no pairs")
+        self.student_features, self.teacher_features = tuple(student_layers), tuple(teacher_layers)
+        self.stages = nn.ModuleList(
+            Hint(student_layer=mine, teacher_layer=theirs, seed=seed + stage)
+            for stage, (mine, theirs) in enumerate(zip(student_layers, teacher_layers))
+        )
+
+    def prepare(self, student: Output, teacher: Output) -> None:
+        for stage in self.stages:
+            cast(Hint, stage).prepare(student, teacher)
+
+    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+        terms = [cast(Hint, stage).compute(student, teacher, labels) for stage in self.stages]
+        return torch.stack(terms).mean()
 
 
 class AttentionTransfer(_FeatureLoss):

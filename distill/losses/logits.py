@@ -1,14 +1,15 @@
 """Losses between class scores of student and teacher over the same classes.
 
-A teacher trained on other people has no such scores; scaled cosines to the mean teacher embedding of each class
-(`distill.losses.adaptive_centers.class_centers`) serve, for both networks and without a margin.
+A teacher trained on other people has no such scores. `ClassScores` gives both networks some, without a margin.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.losses.base import Loss, labeled_mean, mean, positive
 from distill.losses.margin import check_labels
@@ -28,6 +29,56 @@ def _scores(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class ClassScores(nn.Module):
+    """Scores of both networks over the identities of the training faces: scaled cosines to class centers.
+
+    The teacher's centers are the mean teacher embedding of each class, and stay. The student's either are the same, or
+    start there and learn.
+
+    Args:
+        embedding_dim: D of the teacher, and of the student as the losses see it.
+        scale: multiplies the cosines; with 64, a temperature of 4 leaves 16.
+        learned: whether the student's centers learn.
+
+    Shape:
+        embeddings ``[B, D]`` of any norm; adds logits ``[B, C]``. C is 2 until `prime` says how many classes there are.
+
+    >>> scores = ClassScores(2, scale=10.0)
+    >>> scores.prime(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
+    >>> scores.of_teacher(Output(torch.tensor([[6.0, 8.0]]))).logits
+    tensor([[ 6.,  8., 10.]])
+    """
+
+    centers: Tensor
+
+    def __init__(self, embedding_dim: int, *, scale: float = 64.0, learned: bool = True):
+        super().__init__()
+        self.scale = positive(scale=scale)
+        self.learned = learned
+        self.prime(torch.ones(2, embedding_dim))
+
+    @torch.no_grad()
+    def prime(self, centers: Tensor) -> None:
+        """Set the teacher's centers ``[C, D]``, of any norm, and start the student's there."""
+        self.register_buffer("centers", F.normalize(centers))
+        self.students = nn.Parameter(F.normalize(centers)) if self.learned else None
+
+    def of_teacher(self, teacher: Output) -> Output:
+        """The teacher's output with logits."""
+        return replace(teacher, logits=self._scores(teacher.embedding, self.centers))
+
+    def of_student(self, student: Output) -> Output:
+        """The student's output with logits."""
+        return replace(
+            student, logits=self._scores(student.embedding, self.centers if self.students is None else self.students)
+        )
+
+    def _scores(self, x: Tensor, centers: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, centers.dtype)
+            return self.scale * F.normalize(x.to(dtype)) @ F.normalize(centers.to(dtype)).T
 
 
 class LogitKD(Loss):

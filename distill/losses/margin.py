@@ -55,8 +55,41 @@ def margin_softmax(cosines: Tensor, labels: Tensor, *, kind: str, scale: float, 
     return labeled_mean(F.cross_entropy(logits, known.squeeze(1), reduction="none"), labels)
 
 
+def sampled_classes(labels: Tensor, classes: int, negatives: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Which classes a step looks at: those of the batch on any process, and random ones.
+
+    Every process finds the same ones. Time and memory are those of the classes found, not of all.
+
+    Args:
+        labels: ``[B]`` of this process, -1 for none.
+        classes: how many there are.
+        negatives: random classes to draw; some may be drawn twice, or be in the batch.
+        seed, step: of the draw.
+
+    Returns:
+        The classes ``[C']``, ascending, and ``labels`` as places among them (-1 stays).
+
+    >>> sampled_classes(torch.tensor([7, 7, -1]), 9, 2, seed=0, step=0)
+    (tensor([6, 7, 8]), tensor([ 1,  1, -1]))
+    """
+    drawn = Rng.of(seed, "negative classes", range(negatives), step).integers(classes, 1)
+    drawn = drawn.flatten().to(labels.device)
+    present = gather(labels)  # of all processes, so that they all use the same classes
+    chosen = torch.cat((torch.where(present < 0, drawn[0], present), drawn)).unique()
+    return chosen, torch.where(labels < 0, labels, torch.searchsorted(chosen, labels))
+
+
+def check_negatives(negatives: int | None) -> int | None:
+    """The argument of that name, if it is None or positive."""
+    if negatives is not None and negatives < 1:
+        raise ValueError(f"negatives is {negatives}; it must be positive, or None for all classes")
+    return negatives
+
+
 class _Head(Loss):
     """Class centers that learn, and which of them a step looks at."""
+
+    classes: int
 
     needs_labels = True
 
@@ -64,10 +97,8 @@ class _Head(Loss):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes is {classes}; a head needs at least 2")
-        if negatives is not None and negatives < 1:
-            raise ValueError(f"negatives is {negatives}; it must be positive, or None for all classes")
         self.classes = classes
-        self.negatives = negatives
+        self.negatives = check_negatives(negatives)
         self.seed = seed
         self.step = 0
         self.centers = nn.Parameter(random_rows(classes, embedding_dim, seed, "class centers", std))
@@ -78,18 +109,14 @@ class _Head(Loss):
         if S.shape[1] != self.centers.shape[1]:
             raise ValueError(f"the centers have {self.centers.shape[1]} numbers, the embeddings {S.shape[1]}")
         check_labels(labels, self.classes)
-        centers = self.centers.to(S.dtype)
+        centers: Tensor = self.centers
         if self.negatives is not None and self.negatives < self.classes:
             step = self.step
             if self.training:
                 self.step += 1
-            drawn = Rng.of(self.seed, "negative classes", range(self.negatives), step).integers(self.classes, 1)
-            drawn = drawn.flatten().to(labels.device)
-            present = gather(labels)  # of all processes, so that they all use the same classes
-            chosen = torch.cat((torch.where(present < 0, drawn[0], present), drawn)).unique()
-            labels = torch.where(labels < 0, labels, torch.searchsorted(chosen, labels))
+            chosen, labels = sampled_classes(labels, self.classes, self.negatives, self.seed, step)
             centers = centers[chosen]
-        return F.normalize(S) @ F.normalize(centers).T, labels
+        return F.normalize(S) @ F.normalize(centers.to(S.dtype)).T, labels
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.step])

@@ -143,6 +143,7 @@ class UnifiedKD(Loss):
         self.rpsd = RPSD(embedding_dim=embedding_dim, size=size)
         self.recognition = None
         if classes is not None:
+            self.classes = classes
             self.recognition = SphereFace2(embedding_dim=embedding_dim, classes=classes, negatives=negatives, seed=seed)
             self.needs_labels = True
 

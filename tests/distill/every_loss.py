@@ -45,6 +45,8 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "sphereface2-exact": lambda d: margin.SphereFace2(embedding_dim=d, classes=6, gradient="exact"),
     "arcdistill": lambda d: frozen_centers(d, "arc"),
     "cosdistill": lambda d: frozen_centers(d, "cos"),
+    "arcdistill-sampled": lambda d: frozen_centers(d, "arc", negatives=2),
+    "adadistill-sampled": lambda d: adaptive_centers.AdaDistill(embedding_dim=d, classes=6, negatives=2),
     "adadistill": lambda d: adaptive_centers.AdaDistill(embedding_dim=d, classes=6),
     "adadistill-cos-alpha": lambda d: adaptive_centers.AdaDistill(
         embedding_dim=d, classes=6, kind="cos", weighted=False, renormalize=True
@@ -55,12 +57,13 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "cross-entropy": lambda d: logits.CrossEntropy(),
     "hint": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="map"), d, d),
     "hint-adapted": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="wide"), d, d),
+    "hints": lambda d: prepared(features.Hints(student_layers=["map", "map"], teacher_layers=["map", "wide"]), d, d),
     "attention": lambda d: features.AttentionTransfer(student_layer="map", teacher_layer="wide"),
 }
 
 
-def frozen_centers(dim: int, kind: str) -> Loss:
-    loss = adaptive_centers.FrozenCenters(embedding_dim=dim, classes=6, kind=kind)
+def frozen_centers(dim: int, kind: str, negatives: int | None = None) -> Loss:
+    loss = adaptive_centers.FrozenCenters(embedding_dim=dim, classes=6, kind=kind, negatives=negatives)
     loss.prime(torch.randn(6, dim, generator=torch.Generator().manual_seed(3)))
     return loss
 
