@@ -36,6 +36,9 @@ class Augment:
         gray: probability of losing all color.
         brightness: largest change of brightness, in units of 0..255.
         contrast: largest change of contrast, as a natural logarithm.
+        light: largest slope of a lamp to one side: how much brighter the near edge and darker the far edge get, as a
+            fraction.
+        erase: probability of covering a rectangle of a tenth to a third of the side with one gray.
         blur, blur_sigma: probability, and the largest Gaussian sigma in pixels of a 64-pixel face.
         noise, noise_sigma: probability, and the standard deviation in units of 0..255.
         resample: probability of shrinking to half or to a third of the side and back.
@@ -45,10 +48,12 @@ class Augment:
     flip: float = 0.5
     rotate: float = 8.0
     scale: float = 0.08
-    shift: float = 0.06
+    shift: float = 0.03
     gray: float = 0.3
     brightness: float = 30.0
     contrast: float = 0.4
+    light: float = 0.0
+    erase: float = 0.0
     blur: float = 0.1
     blur_sigma: float = 1.0
     noise: float = 0.1
@@ -56,10 +61,10 @@ class Augment:
     resample: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("flip", "gray", "blur", "noise", "resample"):
+        for name in ("flip", "gray", "erase", "blur", "noise", "resample"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"augment.{name} is {getattr(self, name)}; a probability lies in 0..1")
-        for name in ("rotate", "scale", "shift", "brightness", "contrast", "blur_sigma", "noise_sigma"):
+        for name in ("rotate", "scale", "shift", "brightness", "contrast", "light", "blur_sigma", "noise_sigma"):
             if getattr(self, name) < 0.0:
                 raise InputError(f"augment.{name} is {getattr(self, name)}; it cannot be negative")
         if self.size is not None and self.size < 8:
@@ -75,6 +80,8 @@ class Augment:
             raise ValueError(f"random numbers for {len(rng)} samples, {len(images)} images")
         faces = self.geometry(images.float(), rng.child("geometry"))
         faces = self.color(faces, rng.child("color"))
+        if self.light or self.erase:
+            faces = self.scene(faces, rng.child("scene"))
         faces = self.degrade(faces, rng.child("degrade"))
         return faces.clamp(0.0, 255.0)
 
@@ -110,6 +117,19 @@ class Augment:
         offset = mean * (1 - contrast[:, :, 0]) + brightness
         out = torch.baddbmm(offset.unsqueeze(-1), matrix, faces.flatten(2))
         return out.view_as(faces)
+
+    def scene(self, faces: Tensor, rng: Rng) -> Tensor:
+        """Light from a side, and something in front of the face."""
+        draws, (height, width) = rng.uniform(8).to(faces.device), faces.shape[-2:]
+        y = torch.linspace(-1, 1, height, device=faces.device)[:, None]
+        x = torch.linspace(-1, 1, width, device=faces.device)
+        angle, slope = draws[:, 0, None, None] * (2 * math.pi), draws[:, 1, None, None] * self.light
+        faces = faces * (1 + slope * (torch.cos(angle) * x + torch.sin(angle) * y)).unsqueeze(1)
+        half = (0.1 + draws[:, 2:4] * 0.25)[..., None, None]
+        middle = (draws[:, 4:6] * 2 - 1)[..., None, None]
+        inside = ((x - middle[:, 0]).abs() < half[:, 0]) & ((y - middle[:, 1]).abs() < half[:, 1])
+        inside &= (draws[:, 6] < self.erase)[:, None, None]
+        return torch.where(inside.unsqueeze(1), draws[:, 7, None, None, None] * 255.0, faces)
 
     def degrade(self, faces: Tensor, rng: Rng) -> Tensor:
         """Blur, noise and loss of resolution, each on the faces that drew it."""

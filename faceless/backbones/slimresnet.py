@@ -19,7 +19,9 @@ HEADS = ("mean", "flat")
 class Block(nn.Module):
     """3x3 with the stride, BN, activation, 3x3, BN, summed with the (projected) input, activation.
 
-    He, Zhang, Ren, Sun: Deep residual learning, CVPR 2016, figure 2.
+    He, Zhang, Ren, Sun: Deep residual learning, CVPR 2016, figure 2. Where the map shrinks, the shortcut averages 2 x 2
+    places instead of dropping three of four (He et al.: Bag of tricks, CVPR 2019, figure 2c); as residual branches start
+    at zero, shortcuts are all that a young network sees through.
     """
 
     def __init__(self, inputs: int, channels: int, stride: int, activation: str):
@@ -32,7 +34,10 @@ class Block(nn.Module):
         self.act2 = ACTIVATIONS[activation](channels)
         self.project: nn.Module | None = None
         if stride != 1 or inputs != channels:
-            self.project = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            project = [nn.Conv2d(inputs, channels, 1, bias=False), nn.BatchNorm2d(channels)]
+            if stride != 1:
+                project.insert(0, nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False))
+            self.project = nn.Sequential(*project)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
