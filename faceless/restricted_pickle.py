@@ -187,6 +187,7 @@ def _read(stream: BytesIO, allowed: Collection[str], dicts: Collection[str], per
             raise _DamagedError(f"sets items of {_kind(target)}; refused")
         target.update(zip(map(_key, pairs[::2]), pairs[1::2]))
 
+    value: Any
     for count, (opcode, value, _) in enumerate(pickletools.genops(stream)):
         if count > MAX_OPCODES:
             raise _DamagedError(f"has more than {MAX_OPCODES} opcodes; refused")
@@ -380,7 +381,7 @@ def _bytes(value: Any) -> bytes:
 def _dtype(value: Any) -> np.dtype:
     match value:
         case Call(name="numpy.dtype", args=(str(code), *_), state=state):
-            order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
+            order: Any = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
             if len(code) <= 3 and code[:1] in ("b", "i", "u", "f") and order in ("<", ">", "=", "|"):
                 return np.dtype(code).newbyteorder(order)
     raise _DamagedError("has an array of other elements than numbers")
@@ -408,6 +409,10 @@ class Storages:
         if count * dtype.itemsize != len(content):
             raise _DamagedError(f"has a storage of {len(content)} bytes that should hold {count} {dtype}")
         return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+def _nowhere(key: str) -> bytes:
+    raise _DamagedError(f"refers to a storage {ascii(key)[:40]} that is not in it")
 
 
 def load_saved(path: str | Path, allowed: Collection[str], *, dicts: Collection[str] = ()) -> tuple[Any, Storages]:
@@ -496,7 +501,7 @@ def tensor(value: Any, storages: Storages | None = None, where: str = "pickle") 
     Raises:
         InputError: it describes none, or one that reaches beyond its storage.
     """
-    return _guarded(where, lambda: _tensor(value, storages or Storages({}.__getitem__)))
+    return _guarded(where, lambda: _tensor(value, storages or Storages(_nowhere)))
 
 
 def _tensor(value: Any, storages: Storages) -> Tensor:
