@@ -645,12 +645,20 @@ class Search:
         return tar_at_far(self.mate[mated], self.stranger[~mated], fpir)
 
 
-def search(probes: Any, probe_people: Any, gallery: Any, gallery_people: Any, block: int = 1 << 24) -> Search:
+def search(
+    probes: Any,
+    probe_people: Any,
+    gallery: Any,
+    gallery_people: Any,
+    block: int = 1 << 24,
+    leave_one_out: bool = False,
+) -> Search:
     """Compare every probe with the whole gallery, some probes at a time.
 
     Args:
         probes, gallery: ``[P, D]`` and ``[N, D]`` unit-norm embeddings.
         probe_people, gallery_people: ``[P]`` and ``[N]`` int64 identities.
+        leave_one_out: the probes are the gallery, and none may find itself, as in `mate_ranks`.
         block: scores in memory at a time.
 
     >>> found = search(np.eye(2), [0, 1], np.eye(2)[[0, 0]], [0, 2])
@@ -661,7 +669,10 @@ def search(probes: Any, probe_people: Any, gallery: Any, gallery_people: Any, bl
     probe_people, gallery_people = np.asarray(probe_people), np.asarray(gallery_people)
     if len(probes) != len(probe_people) or len(gallery) != len(gallery_people) or not len(gallery):
         raise ValueError("probes and a gallery of one face or more need an identity each")
+    if leave_one_out and len(probes) != len(gallery):
+        raise ValueError("leaving one out is for probes that are the gallery")
     order = np.argsort(gallery_people, kind="stable")
+    itself = np.argsort(order)
     gallery, known = gallery[order].T, gallery_people[order]
     first, last = (np.searchsorted(known, probe_people, side=side) for side in ("left", "right"))
     ranks = np.zeros(len(probes), np.int64)
@@ -672,7 +683,9 @@ def search(probes: Any, probe_people: Any, gallery: Any, gallery_people: Any, bl
         _checked(scores.ravel(), "similarity")
         for row, values in enumerate(scores, start):
             low, high = first[row], last[row]
-            if high > low:
+            if leave_one_out:
+                values[itself[row]] = -np.inf
+            if high - low > leave_one_out:
                 mate[row] = values[low:high].max()
                 values[low:high] = -np.inf
                 ranks[row] = 1 + np.count_nonzero(values >= mate[row])

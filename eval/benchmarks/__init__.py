@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.benchmarks import att_faces, folder, ijb, pairs
+from eval.benchmarks import att_faces, folder, identification, ijb, pairs, people
 from eval.benchmarks.benchmark import Benchmark, parse_people
 from eval.benchmarks.protocol import Protocol, Report, evaluate
 from faceless.align import FRAMINGS
@@ -19,13 +19,15 @@ PROTOCOLS: dict[str, Callable[[str, str, int], Protocol]] = {
     "pairs": lambda path, framing, size: pairs.load(path, size),
     "ijbb": lambda path, framing, size: ijb.load(path, "ijbb", framing, size),
     "ijbc": lambda path, framing, size: ijb.load(path, "ijbc", framing, size),
+    "megaface": lambda path, framing, size: identification.MegaFace(path, size),
     "rfw": lambda path, framing, size: pairs.load_groups(path, size),
+    "tinyface": lambda path, framing, size: identification.TinyFace(path, size),
 }
 MAX_SIZE = 1024
 
 
 def find(source: str | Path, framing: str = "dlib", size: int = 150, align: bool = False) -> Benchmark | Protocol:
-    """Any benchmark: what `load` reads, a ``.bin`` of pairs, or ``kind:path`` with a kind of ``PROTOCOLS``.
+    """Any benchmark: what `load` reads, larger folders, parquet, a ``.bin`` of pairs, or ``kind:path``.
 
     Args:
         framing, size, align: see `load`; protocols whose faces are crops already have the framing of those.
@@ -38,6 +40,10 @@ def find(source: str | Path, framing: str = "dlib", size: int = 150, align: bool
         return PROTOCOLS[kind](path, framing, size)
     if Path(source).is_file() and Path(source).suffix == ".bin":
         return pairs.load(source, size)
+    if people.parquet_files(source):
+        return people.from_parquet(source, framing, size)
+    if str(source) not in BENCHMARKS and folder.is_large(Path(source)):
+        return people.from_folder(source, framing, size, align)
     return load(source, framing, size, align)
 
 

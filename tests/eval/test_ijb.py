@@ -49,7 +49,7 @@ def test_pooling_by_its_definition(pooled, monkeypatch):
         np.testing.assert_allclose(vector, total / np.linalg.norm(total), atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.booleans())
 def test_points_are_those_of_double_precision_rounded_once(seed, sparse):
     rng = np.random.default_rng(seed)

@@ -64,7 +64,7 @@ def test_streams_that_cannot_be_trusted():
         metrics.streamed(genuine, lambda: [np.float32([np.nan, 0])], [0.1])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(scores, scores)
 def test_sweep_is_sklearns(genuine, impostor):
     sweep = metrics.threshold_sweep(genuine, impostor)

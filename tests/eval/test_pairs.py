@@ -151,7 +151,7 @@ def test_damaged_files_and_images_are_named(tmp_path, lfw, content):
         pairs.load(tmp_path / "few.bin")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60), st.integers(0, 200), st.integers(0, 255))
 @example(b"\x80\x02]q\x00(r\xff\xff\xff\xff.", 0, 0)
 @example(b"(" * 60, 0, 0)
