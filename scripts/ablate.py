@@ -1,0 +1,364 @@
+"""Train a grid of runs that differ in what their axes say, and put what came out of them into one table.
+
+    python scripts/ablate.py --config scripts/grids/methods.yaml [--plan true]
+
+Every cell of the grid (one option of each axis, one seed) is a run of ``distill/train.py`` in a folder of its own. A
+grid that was stopped goes on when it is given again: finished cells are kept, a cell that was under way resumes. Then
+``table.md``, ``table.json`` and one figure for each rate are written into the grid's folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distill.settings import Run
+from eval import figures
+from faceless.errors import InputError, command, suggest
+from faceless.files import atomic_path, atomic_write
+from faceless.settings import ROOT, parse, recipe
+
+# What makes a method: an option that names a recipe takes these keys of it, and no others.
+METHOD = ("losses", "classifier", "adaptive", "pseudo_identities")
+# Name, whether more is better, and whether it is a rate.
+MEASURES = {
+    "EER": (False, True),
+    "TAR@FAR=1e-2": (True, True),
+    "TAR@FAR=1e-3": (True, True),
+    "rank-1": (True, True),
+    "cosine": (True, False),
+    "neighborhood": (True, False),
+}
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+
+
+@dataclass
+class Confirm:
+    """Further seeds for the cells that matter.
+
+    Args:
+        seeds: to train those cells with too.
+        within: how far from the best cell's mean they may be, in units of the measure (0.01 is a point).
+        always: options that are confirmed wherever they stand, such as ``cosine``.
+    """
+
+    seeds: list[int]
+    within: float = 0.01
+    always: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Grid:
+    """A grid of runs.
+
+    Args:
+        base: the recipe that all cells start from.
+        axes: by name; each has options by name; each option is keys of a run's settings, dotted, with their values.
+            A value replaces all that stood there. ``recipe: PATH`` takes losses and whatever else makes a method from
+            another recipe.
+        common: keys for all cells.
+        seeds: each cell is trained with each of them.
+        confirm: more seeds for the best cells.
+        output: folder of the grid.
+        people: whose figures count, a subset of the benchmark as in ``verification.people``, or ``all``.
+        measure: what cells are ranked by.
+        launch: arguments for ``accelerate launch``, such as ``--num_processes 2 --cpu``.
+        plan: only list the cells.
+    """
+
+    base: str
+    axes: dict[str, dict[str, dict[str, Any]]]
+    common: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    confirm: Confirm | None = None
+    output: str = "runs/ablation"
+    people: str = "21-40"
+    measure: str = "EER"
+    launch: str = ""
+    plan: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.axes or not all(self.axes.values()) or not self.seeds:
+            raise InputError("a grid needs axes, each with an option or more, and a seed")
+        if self.measure not in MEASURES:
+            raise InputError(f"measure is {self.measure!r}; {suggest(self.measure, MEASURES)}")
+        for axis, options in self.axes.items():
+            for name in options:
+                if not name or set(name) & set("/\\ ") or name.startswith("."):
+                    raise InputError(f"axes.{axis}: an option's name {name!r} is no name of a folder")
+
+
+Cell = tuple[str, ...]  # one option of each axis
+
+
+def cells(grid: Grid) -> Iterator[Cell]:
+    """All of them, the last axis fastest."""
+    return itertools.product(*grid.axes.values())
+
+
+def put(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, and all that is under it, to ``value``.
+
+    >>> settings = {"a": {"b": {"c": 1}, "d": 2}}
+    >>> put(settings, "a.b", {"e": 3})
+    >>> settings
+    {'a': {'b': {'e': 3}, 'd': 2}}
+    """
+    *above, last = key.split(".")
+    for name in above:
+        settings = settings.setdefault(name, {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{key}: {name} holds no keys")
+    settings[last] = copy.deepcopy(value)
+
+
+def read(path: str) -> dict[str, Any]:
+    """The settings in a recipe."""
+    found = yaml.safe_load(recipe(path).read_text())
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: no recipe")
+    return found
+
+
+def settings_of(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """What a cell is trained with, but for its seed and its folder."""
+    settings = read(grid.base)
+    changes = [grid.common, *(options[name] for options, name in zip(grid.axes.values(), cell))]
+    for change in changes:
+        for key, value in change.items():
+            if key != "recipe":
+                put(settings, key, value)
+                continue
+            method = read(value)
+            for part in METHOD:
+                settings.pop(part, None)
+                if part in method:
+                    settings[part] = method[part]
+    return settings
+
+
+def folder(grid: Grid, cell: Cell, seed: int) -> Path:
+    """Where a cell's run is."""
+    return Path(grid.output, *cell, f"seed-{seed}")
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has come to its end, of which the report is the last thing."""
+    return (run / "report.html").is_file()
+
+
+def write(grid: Grid, cell: Cell, seed: int) -> Path:
+    """The recipe of a cell, checked; the same as before if there was one.
+
+    Raises:
+        InputError: it is none, or the folder holds the run of another.
+    """
+    run = folder(grid, cell, seed)
+    path = Path(grid.output, "recipes", f"{'-'.join(cell)}-seed-{seed}.yaml")
+    settings = settings_of(grid, cell) | {"seed": seed, "output": str(run)}
+    text = yaml.safe_dump(settings, sort_keys=False)
+    if path.exists() and path.read_text() != text and run.exists():
+        raise InputError(f"{run}: holds a run of another grid; choose another output, or delete it and {path}")
+    if not path.exists() or path.read_text() != text:
+        atomic_write(path, text)
+    parse(Run, ["--config", str(path)])
+    return path
+
+
+def train(grid: Grid, cell: Cell, seed: int) -> bool:
+    """Train a cell, or what is left of it; returns whether it succeeded."""
+    if finished(folder(grid, cell, seed)):
+        return True
+    print(f"\n== {' '.join(cell)} seed {seed}", flush=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *shlex.split(grid.launch)]
+    arguments = [str(ROOT / "distill" / "train.py"), "--config", str(write(grid, cell, seed))]
+    return not subprocess.run([*launch, *arguments], check=False).returncode
+
+
+def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[str, Any]]:
+    """What a finished run's network scored: by measure, ``value`` and, where there is one, its 95 % ``interval``."""
+    found: dict[str, dict[str, Any]] = {}
+    verification = run / "verification.json"
+    if verification.exists():
+        subsets = json.loads(verification.read_text())["subsets"]
+        if grid.people not in subsets:
+            raise InputError(f"{run}: verified on people {', '.join(subsets)}; set people to one of them")
+        (row,) = (row for row in subsets[grid.people] if row["label"] == label)
+        intervals = row.get("intervals") or {}
+        found["EER"] = {"value": row["eer"], "interval": intervals.get("eer")}
+        for far in ("1e-2", "1e-3"):
+            interval = (intervals.get("tar_at_far") or {}).get(far)
+            found[f"TAR@FAR={far}"] = {"value": row["tar_at_far"][far], "interval": interval}
+        found["rank-1"] = {"value": row["rank1"], "interval": intervals.get("rank1")}
+    if label == "student" and (run / "metrics.jsonl").exists():
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        agreement = [entry["validation"] for entry in entries if "validation" in entry]
+        for name in ("cosine", "neighborhood"):
+            if agreement and name in agreement[-1]:
+                found[name] = {"value": agreement[-1][name], "interval": None}
+    return found
+
+
+def summarize(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, 95 % interval and n of one measure over seeds.
+
+    Over two seeds and more, the interval is Student's, of the mean over seeds. Of one seed it is the run's own, from
+    resampling people; it says nothing about other seeds.
+
+    >>> summarize([{"value": 1.0, "interval": None}, {"value": 3.0, "interval": None}])["interval"]
+    [-10.706, 14.706]
+    """
+    numbers = [value["value"] for value in values]
+    n, mean = len(numbers), statistics.fmean(numbers)
+    interval = values[0]["interval"]
+    if n > 1:
+        half = (STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96) * statistics.stdev(numbers) / math.sqrt(n)
+        interval = [mean - half, mean + half]
+    return {"mean": mean, "interval": interval, "n": n, "values": numbers}
+
+
+def collect(grid: Grid) -> list[dict[str, Any]]:
+    """A row for each cell that has a finished run: its options, and the summary of each measure."""
+    seeds = [*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]
+    rows = []
+    for cell in cells(grid):
+        runs = [folder(grid, cell, seed) for seed in dict.fromkeys(seeds)]
+        found = [measured(grid, run) for run in runs if finished(run)]
+        names = [name for name in MEASURES if found and all(name in one for one in found)]
+        if names:
+            rows.append({"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names})
+    return rows
+
+
+def to_confirm(grid: Grid, rows: Sequence[dict[str, Any]]) -> list[Cell]:
+    """The cells that deserve more seeds."""
+    ranked = [row for row in rows if grid.measure in row]
+    if grid.confirm is None or not ranked:
+        return []
+    means = [row[grid.measure]["mean"] for row in ranked]
+    best = max(means) if MEASURES[grid.measure][0] else min(means)
+    return [
+        tuple(row["cell"])
+        for row, mean in zip(ranked, means)
+        if abs(mean - best) <= grid.confirm.within or set(row["cell"]) & set(grid.confirm.always)
+    ]
+
+
+def shown(name: str, summary: dict[str, Any]) -> str:
+    """``mean (low to high)``; rates in percent."""
+    factor, digits = (100, 2) if MEASURES[name][1] else (1, 3)
+    numbers = [summary["mean"], *(summary["interval"] or [])]
+    mean, *interval = (f"{factor * number:.{digits}f}" for number in numbers)
+    return f"{mean} ({interval[0]} to {interval[1]})" if interval else mean
+
+
+def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[str, Any]]) -> str:
+    """Markdown, the best cell first."""
+    names = [name for name in MEASURES if any(name in row for row in rows)]
+    if grid.measure in names:
+        sign = -1 if MEASURES[grid.measure][0] else 1
+        rows = sorted(rows, key=lambda row: sign * row[grid.measure]["mean"] if grid.measure in row else math.inf)
+    lines = [[*grid.axes, *(f"{name}, %" if MEASURES[name][1] else name for name in names), "n"]]
+    for row in rows:
+        n = max(row[name]["n"] for name in names if name in row)
+        lines.append([*row["cell"], *(shown(name, row[name]) if name in row else "" for name in names), str(n)])
+    if teacher:
+        values = [
+            shown(name, {"mean": teacher[name]["value"], "interval": teacher[name]["interval"]})
+            if name in teacher
+            else ""
+            for name in names
+        ]
+        lines.append(["teacher", *[""] * (len(grid.axes) - 1), *values, ""])
+    rule = ["---"] * len(grid.axes) + ["---:"] * (len(names) + 1)
+    body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return (
+        f"{body}\n\nPeople {grid.people} of the benchmark; agreement (cosine, neighborhood) on held-out faces. In "
+        "parentheses 95 % intervals: of the mean over n seeds (Student), or, for n = 1, from resampling people.\n"
+    )
+
+
+def figure(grid: Grid, rows: Sequence[dict[str, Any]], name: str, teacher: dict[str, dict[str, Any]]) -> Figure:
+    """One line for each cell: its seeds, their mean and the interval."""
+    factor = 100 if MEASURES[name][1] else 1
+    rows = sorted((row for row in rows if name in row), key=lambda row: row[name]["mean"], reverse=MEASURES[name][0])
+    made = Figure(figsize=(6.4, 1.1 + 0.26 * len(rows)), layout="constrained")
+    axis = made.add_subplot()
+    for place, row in enumerate(rows):
+        found = row[name]
+        if found["interval"]:
+            axis.plot([factor * x for x in found["interval"]], [place, place], color=figures.BLUE, linewidth=1.4)
+        axis.plot([factor * x for x in found["values"]], [place] * found["n"], "o", color=figures.GRAY, markersize=3)
+        axis.plot(factor * found["mean"], place, "o", color=figures.BLUE, markersize=5)
+    if name in teacher:
+        axis.axvline(factor * teacher[name]["value"], color=figures.ORANGE, linestyle="--", label="teacher")
+        axis.legend()
+    axis.set_yticks(range(len(rows)), [f"{' '.join(row['cell'])} (n={row[name]['n']})" for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{name}, %" if MEASURES[name][1] else name)
+    return made
+
+
+def report(grid: Grid) -> None:
+    """Write the table and the figures of what is finished."""
+    output, rows = Path(grid.output), collect(grid)
+    if not rows:
+        raise InputError(f"{output}: no cell is finished")
+    first = next(run for cell in cells(grid) for seed in grid.seeds if finished(run := folder(grid, cell, seed)))
+    teacher = measured(grid, first, "teacher") if (first / "verification.json").exists() else {}
+    text = table(grid, rows, teacher)
+    atomic_write(output / "table.md", text)
+    record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}
+    atomic_write(output / "table.json", json.dumps(record, indent=1) + "
+")
+    with matplotlib.rc_context(figures.STYLE):
+        for name in MEASURES:
+            if any(name in row for row in rows):
+                drawn = figure(grid, rows, name, teacher)
+                FigureCanvasSVG(drawn)
+                with atomic_path(output / f"{name.replace('@FAR=', '-')}.svg") as path:
+                    drawn.savefig(path, format="svg", metadata={"Date": None})
+    print(f"\n{text}\n{output / 'table.md'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments of this process."""
+    grid: Grid = parse(Grid, arguments, program="scripts/ablate.py", description=__doc__ or "").build()
+    # Whatever is wrong with any cell shows here, before the first is trained.
+    for cell, seed in itertools.product(cells(grid), grid.seeds):
+        write(grid, cell, seed)
+    if grid.plan:
+        for cell, seed in itertools.product(cells(grid), grid.seeds):
+            run = folder(grid, cell, seed)
+            print(run, "finished" if finished(run) else "begun" if run.exists() else "to do")
+        return
+    failed = [(cell, seed) for seed in grid.seeds for cell in cells(grid) if not train(grid, cell, seed)]
+    if grid.confirm is not None:
+        chosen = to_confirm(grid, collect(grid))
+        failed += [(cell, seed) for seed in grid.confirm.seeds for cell in chosen if not train(grid, cell, seed)]
+    report(grid)
+    if failed:
+        listed = ", ".join(f"{'-'.join(cell)} seed {seed}" for cell, seed in failed)
+        raise InputError(f"{len(failed)} runs failed: {listed}; give the same command again once that is mended")
+
+
+if __name__ == "__main__":
+    command(main)()
