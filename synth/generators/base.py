@@ -18,11 +18,13 @@ class FaceMaker(nn.Module, ABC):
         latent_shape: shape of one latent; ``()`` where there are none.
         face_size: height and width of the faces in pixels.
         licence: of the weights, shown and recorded.
+        identities: how many different people its faces show on purpose; 0 where it knows of none.
     """
 
     latent_shape: tuple[int, ...] = ()
     face_size: int
     licence: str = "unknown"
+    identities: int = 0
 
     @abstractmethod
     def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor]:
@@ -58,6 +60,10 @@ class Generator(FaceMaker):
         """Gaussian steps of standard deviation ``scale [B]`` around ``latents`` (SynthDistill, arXiv 2308.14852)."""
         noise = rng.normal(*self.latent_shape).to(latents)
         return latents + scale.to(latents).view(-1, *[1] * len(self.latent_shape)) * noise
+
+    def identity(self, latents: Tensor) -> Tensor | None:
+        """``[B]`` int64 in 0..identities-1, whom the faces of these latents show; None without identities."""
+        return None
 
     def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         latents = self.sample_latents(len(rng), rng).to(dtype)
