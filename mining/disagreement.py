@@ -184,10 +184,14 @@ def threshold_of(impostors: Floats, far: float) -> Threshold:
     """
     if not len(impostors):
         raise ValueError("there are no impostor pairs")
-    allowed = int(far * len(impostors) + 1e-9)
-    refused = np.partition(impostors, len(impostors) - 1 - allowed)[len(impostors) - 1 - allowed]
-    value = np.nextafter(refused, np.float32(np.inf), dtype=np.float32)
-    return Threshold(float(value), far, len(impostors), float(impostors.std()))
+    value = above_all_but(impostors, int(far * len(impostors) + 1e-9))
+    return Threshold(value, far, len(impostors), float(impostors.std()))
+
+
+def above_all_but(scores: Floats, allowed: int) -> float:
+    """The lowest threshold that at most ``allowed`` of ``scores [n]`` reach; equal scores are never split."""
+    place = len(scores) - 1 - allowed
+    return float(np.nextafter(np.partition(scores, place)[place], np.float32(np.inf), dtype=np.float32))
 
 
 @dataclass(frozen=True)

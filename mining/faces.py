@@ -1,0 +1,210 @@
+"""Faces to be mined: parquet shards as `synth/generate.py` and many others write them, and their embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from faceless.errors import InputError
+from faceless.files import atomic_path, sha256
+from faceless.recognizer import Recognizer
+
+MAX_SIDE = 4096
+MAX_MANIFEST = 64 << 20  # bytes
+PART = 16_384  # embeddings per file of a cache
+BATCH = 128  # faces per forward pass; fixed, because the bits of embeddings depend on it
+
+Floats = NDArray[np.float32]
+
+
+class Faces:
+    """A folder of parquet shards with a column ``image`` (a struct with the ``bytes`` of an image file).
+
+    Args:
+        folder: a corpus, whose shards lie in ``data/``, or any folder of ``.parquet`` files, taken by name.
+
+    Attributes:
+        manifest: of a corpus; empty elsewhere.
+        columns: names of the columns.
+
+    Raises:
+        InputError: no shards, shards without images or of different columns, or files that are no parquet.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.paths = sorted(self.folder.glob("data/*.parquet")) or sorted(self.folder.glob("*.parquet"))
+        if not self.paths:
+            raise InputError(f"{folder}: holds no parquet shards; write a corpus with synth/generate.py first")
+        try:
+            self.files = [pq.ParquetFile(path, memory_map=True) for path in self.paths]
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{folder}: a shard is not readable as parquet ({error})") from error
+        kind = self.files[0].schema_arrow
+        for path, file in zip(self.paths, self.files):
+            if file.schema_arrow.names != kind.names:
+                raise InputError(f"{path}: has other columns than the shards before it")
+        self.columns: list[str] = list(kind.names)
+        image = kind.field("image").type if "image" in self.columns else None
+        if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            raise InputError(f"{self.paths[0]}: has no column image with the bytes of image files")
+        self.starts = np.cumsum([0] + [file.metadata.num_rows for file in self.files])
+        self.manifest: dict[str, Any] = self._manifest()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {}
+        try:
+            if path.stat().st_size > MAX_MANIFEST:
+                raise ValueError("too large")
+            found = json.loads(path.read_text("utf-8"))
+            listed = {shard["name"]: shard["rows"] for shard in found["shards"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: not the manifest of a corpus ({error})") from error
+        here = {str(p.relative_to(self.folder)): f.metadata.num_rows for p, f in zip(self.paths, self.files)}
+        if listed != here:
+            raise InputError(f"{path}: its shards are not those of the folder; repair the corpus first")
+        return dict(found)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all shards: as the manifest has it, or else by reading them."""
+        digests = [shard["sha256"] for shard in self.manifest.get("shards", [])] or [sha256(p) for p in self.paths]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def batches(self, size: int = BATCH, first: int = 0) -> Iterator[Tensor]:
+        """Faces from row ``first`` on, ``[n, 3, H, W]`` uint8, ``size`` of them at a time."""
+        for start in range(first, len(self), size):
+            yield self.images(range(start, min(start + size, len(self))))
+
+    def images(self, rows: Sequence[int] | range) -> Tensor:
+        """``[n, 3, H, W]`` uint8 faces of these rows, in this order."""
+        decoded = [self._decode(data, row) for data, row in zip(self.encoded(rows), rows)]
+        if len({image.shape for image in decoded}) > 1:
+            raise InputError(f"{self.folder}: faces have different sizes; they must be crops of one size")
+        return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2) if decoded else torch.empty(0, 3, 1, 1).byte()
+
+    def encoded(self, rows: Sequence[int] | range) -> list[bytes]:
+        """The bytes of the image files of these rows."""
+        found: list[bytes] = [b""] * len(rows)
+        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for place, row in enumerate(rows):
+            shard, group, inside = self._where(int(row))
+            wanted.setdefault((shard, group), []).append((place, inside))
+        for (shard, group), places in wanted.items():
+            column = self._group(shard, group, "image")
+            for place, inside in places:
+                found[place] = column[inside]["bytes"].as_py() or b""
+        return found
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole numeric column, ``[N]`` or ``[N, k]``."""
+        if name not in self.columns or name == "image":
+            raise InputError(f"{self.folder}: has no numeric column {name!r}; it has {', '.join(self.columns)}")
+        return np.concatenate([numbers(file.read(columns=[name])[name]) for file in self.files])
+
+    def _where(self, row: int) -> tuple[int, int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        inside, group, meta = row - int(self.starts[shard]), 0, self.files[shard].metadata
+        while inside >= meta.row_group(group).num_rows:
+            inside -= meta.row_group(group).num_rows
+            group += 1
+        return shard, group, inside
+
+    def _group(self, shard: int, group: int, column: str) -> pa.Array:
+        if getattr(self, "_last", (None,))[0] != (shard, group, column):
+            try:
+                read = self.files[shard].read_row_group(group, columns=[column])[column].combine_chunks()
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{self.paths[shard]}: damaged ({error})") from error
+            self._last = (shard, group, column), read
+        return self._last[1]
+
+    def _decode(self, data: bytes, row: int) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+                if max(image.size) > MAX_SIDE:  # known from the header, before anything is decoded
+                    raise InputError(f"{self.folder}: row {row} is larger than {MAX_SIDE} pixels")
+                return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.folder}: row {row} is not a readable image") from error
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Values of a numeric column, ``[n]``, or ``[n, k]`` where its entries are lists of equal length."""
+    array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    return array.to_numpy(zero_copy_only=False)
+
+
+def digest(recognizer: Recognizer) -> str:
+    """SHA-256 of what a recognizer computes with: its input convention and its weights."""
+    found = hashlib.sha256(json.dumps(recognizer.spec.asdict(), sort_keys=True).encode())
+    for name, tensor in sorted(recognizer.state_dict().items()):
+        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def embeddings(
+    recognizer: Recognizer, faces: Faces, cache: str | Path, device: str = "auto", progress: bool = True
+) -> Floats:
+    """Embeddings ``[N, D]`` of all faces as the network emits them (any norm), computed once and kept in ``cache``.
+
+    The cache is keyed by weights and faces and written in parts: an interrupted run goes on.
+    """
+    key = hashlib.sha256(f"{digest(recognizer)} {faces.fingerprint}".encode()).hexdigest()[:16]
+    folder = Path(cache) / f"embeddings-{key}"
+    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    recognizer = recognizer.to(where).eval()
+    parts = []
+    bar = tqdm(total=len(faces), desc="embed", unit="face", disable=not progress)
+    for number, first in enumerate(range(0, len(faces), PART)):
+        path = folder / f"part-{number:06d}.npy"
+        stop = min(first + PART, len(faces))
+        if not path.is_file():
+            rows = []
+            for start in range(first, stop, BATCH):
+                images = faces.images(range(start, min(start + BATCH, stop))).to(where)
+                with torch.inference_mode():
+                    rows.append(recognizer(images).embedding.float().cpu().numpy())
+                bar.update(len(images))
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, np.concatenate(rows), allow_pickle=False)
+        else:
+            bar.update(stop - first)
+        try:
+            part = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it and run again") from error
+        if part.shape != (stop - first, recognizer.embedding_dim) or part.dtype != np.float32:
+            raise InputError(f"{path}: damaged; delete it and run again")
+        parts.append(part)
+    bar.close()
+    return np.concatenate(parts)
+
+
+def unit(rows: Floats, *, center: bool = False) -> Floats:
+    """Rows of length 1; with ``center`` after the mean of all rows is taken from each."""
+    if center:
+        rows = rows - rows.mean(0, dtype=np.float64).astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,182 @@
+"""A reference gallery without pictures: embeddings and numbers of people, made where the pictures are.
+
+``python mining/gallery.py --faces my/people --recognizers '[dlib-resnet29, runs/quickstart/student]'``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import faceless
+from faceless import align
+from faceless.errors import InputError, command
+from faceless.files import atomic_path
+from faceless.recognizer import Recognizer, resize
+from faceless.settings import Settings, parse
+from mining.embedding_index import Ids
+from mining.faces import Floats, digest
+
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
+MAX_PIXELS = 40_000_000
+SIDE = 150  # pixels of the crops
+
+
+@dataclass
+class Gallery:
+    """Faces of known people as some recognizers see them.
+
+    Attributes:
+        identities: ``[G]`` numbers of people.
+        embeddings: ``[G, D]`` as emitted, by the SHA-256 of the recognizer (`mining.faces.digest`).
+        images: ``[G, 3, H, W]`` uint8, or None where only embeddings are known.
+    """
+
+    identities: Ids
+    embeddings: dict[str, Floats]
+    images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    @classmethod
+    def of(cls, images: Tensor, identities: Ids, recognizers: Mapping[str, Recognizer]) -> Gallery:
+        """Embed pictures with recognizers, given by their digests."""
+        found = {}
+        for key, net in recognizers.items():
+            with torch.inference_mode():
+                found[key] = torch.cat([net.eval()(part).embedding.float() for part in images.split(128)]).numpy()
+        return cls(np.asarray(identities, np.int64), found, images)
+
+    def save(self, path: str | Path) -> None:
+        """Write embeddings and identities, and no picture."""
+        tensors = {f"embeddings.{key}": torch.from_numpy(rows) for key, rows in self.embeddings.items()}
+        tensors["identities"] = torch.from_numpy(self.identities)
+        with atomic_path(path) as temporary:
+            save_file(tensors, str(temporary), metadata={"faceless": json.dumps({"format": "gallery", "version": 1})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Gallery:
+        """Read what `save` wrote; nothing in such a file is executed.
+
+        Raises:
+            InputError: no gallery, or embeddings of another number of faces than identities.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                if json.loads((file.metadata() or {}).get("faceless", "{}")).get("format") != "gallery":
+                    raise InputError(f"{path}: is no gallery; write one with mining/gallery.py")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: not readable as a gallery ({error})") from error
+        identities = found.pop("identities", torch.empty(0, dtype=torch.int64))
+        for name, rows in found.items():
+            if (
+                rows.ndim != 2
+                or len(rows) != len(identities)
+                or rows.dtype != torch.float32
+                or not rows.isfinite().all()
+            ):
+                raise InputError(f"{path}: {name} are not finite embeddings of {len(identities)} faces")
+        rows = {name.removeprefix("embeddings."): tensor.numpy() for name, tensor in found.items()}
+        return cls(identities.numpy().astype(np.int64), rows)
+
+    def seen_by(self, key: str, name: str) -> Floats:
+        """The embeddings of a recognizer.
+
+        Raises:
+            InputError: the gallery was made with others.
+        """
+        if key not in self.embeddings:
+            raise InputError(f"the gallery holds no embeddings of {name}; make it again with mining/gallery.py")
+        return self.embeddings[key]
+
+
+def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True) -> tuple[Tensor, Ids]:
+    """Crops ``[G, 3, 150, 150]`` uint8 and people ``[G]`` of ``folder/<person>/<image>``, in order of their names.
+
+    Args:
+        aligned: whether the images are crops already; otherwise the face is found and cut to ``framing``.
+
+    Raises:
+        InputError: no folder of that form, or an image that cannot be read.
+    """
+    paths = sorted(path for path in Path(folder).glob("*/*") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{folder}: needs one sub-folder of images for each person")
+    people = sorted({path.parent for path in paths})
+    number = {person: i for i, person in enumerate(people)}
+    crops = []
+    for path in paths:
+        image = _read(path)
+        if not aligned:
+            marks = align.detect(
+                image, points=5 if framing == "dlib" else 68, attempts=align.THOROUGH, whole_image=True
+            )
+            crops.append(align.crop(image, marks.points, framing, SIDE))
+        else:
+            crops.append(resize(image.float(), SIDE, SIDE).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(crops), np.array([number[path.parent] for path in paths])
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.size[0] * image.size[1] > MAX_PIXELS:
+                raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} million pixels")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise InputError(f"{path}: cannot be read as an image; remove it or replace it") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+@dataclass
+class Making:
+    """A gallery to be made.
+
+    Args:
+        faces: folder with one sub-folder of images for each person.
+        recognizers: anything `faceless.load` takes.
+        output: the file.
+        aligned: whether the images are crops already; otherwise faces are found and cut out (dlib).
+    """
+
+    faces: str
+    recognizers: list[str]
+    output: str = "gallery.safetensors"
+    aligned: bool = True
+
+
+def make(settings: Making) -> Gallery:
+    """Embed the pictures and write the gallery."""
+    networks = [faceless.load(source) for source in settings.recognizers]
+    framings = {net.spec.framing for net in networks}
+    if len(framings) != 1:
+        raise InputError(f"recognizers: want crops of different framings ({', '.join(sorted(framings))})")
+    images, people = read_people(settings.faces, framings.pop(), settings.aligned)
+    gallery = Gallery.of(images, people, {digest(net): net for net in networks})
+    gallery.save(settings.output)
+    return gallery
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments of this process."""
+    settings: Settings[Making] = parse(Making, arguments, program="mining/gallery.py", description=__doc__ or "")
+    made = settings.build()
+    gallery = make(made)
+    print(f"{made.output}: {len(gallery)} faces of {len(np.unique(gallery.identities))} people, no picture")
+
+
+if __name__ == "__main__":
+    command(main)()

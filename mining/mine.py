@@ -1,0 +1,203 @@
+"""Find the faces of a corpus on which a student disagrees with its teacher.
+
+``python mining/mine.py --corpus corpora/quickstart --student runs/quickstart/student --output mined/quickstart``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import faceless
+from faceless.errors import InputError, command
+from faceless.files import atomic_path, atomic_write
+from faceless.settings import Settings, parse
+from mining import figures
+from mining.disagreement import (
+    Neighborhoods,
+    Pairs,
+    Threshold,
+    disagreeing_pairs,
+    impostor_threshold,
+    neighborhoods,
+    pointwise,
+)
+from mining.faces import Faces, Floats, digest, embeddings, unit
+
+
+@dataclass
+class Mining:
+    """What to mine.
+
+    Args:
+        corpus: folder of parquet shards.
+        student: a trained recognizer, anything `faceless.load` takes.
+        teacher: its teacher.
+        output: folder for ``mined.parquet``, ``pairs.parquet``, ``summary.json`` and figures.
+        keep: the hardest faces that are written.
+        rank_by: ``pointwise`` (1 - cosine; both networks of one D), ``overlap`` (1 - shared neighbors) or ``rbo``
+            (1 - rank-biased overlap).
+        neighbors: k of the neighborhoods.
+        gate: faces of the lowest such share by detector score or by length of the teacher's embedding are not mined:
+            what two networks disagree on most is mostly broken images.
+        center: take each network's mean over the corpus from its embeddings before they are compared.
+        far: false accept rate of the thresholds at which decisions about pairs are compared.
+        cache: folder for embeddings.
+        device: ``auto`` takes a GPU when there is one.
+        seed: of the impostor pairs.
+    """
+
+    corpus: str
+    student: str
+    teacher: str = "dlib-resnet29"
+    output: str = "mined/hard"
+    keep: int = 2000
+    rank_by: Literal["pointwise", "overlap", "rbo"] = "pointwise"
+    neighbors: int = 20
+    gate: float = 0.02
+    center: bool = True
+    far: float = 1e-3
+    cache: str = "mined/cache"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or self.neighbors < 1:
+            raise InputError("keep and neighbors must be at least 1")
+        if not 0 <= self.gate < 0.5 or not 0 < self.far < 1:
+            raise InputError("gate lies from 0 to below 0.5, far between 0 and 1")
+
+
+def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
+    """Score the corpus and write the results; returns the summary."""
+    faces, output = Faces(settings.corpus), Path(settings.output)
+    networks = {name: faceless.load(source) for name, source in (("t", settings.teacher), ("s", settings.student))}
+    raw = {name: embeddings(net, faces, settings.cache, settings.device, progress) for name, net in networks.items()}
+    T, S = (unit(raw[name], center=settings.center) for name in "ts")
+    if settings.rank_by == "pointwise" and S.shape != T.shape:
+        raise InputError(
+            f"rank_by pointwise compares embeddings of one D; the student has {S.shape[1]}, the teacher {T.shape[1]}: "
+            "use overlap or rbo"
+        )
+    near = neighborhoods(S, T, settings.neighbors)
+    scores = {"overlap": 1 - near.overlap, "rbo": 1 - near.rbo}
+    if S.shape == T.shape:
+        scores["pointwise"] = pointwise(torch.from_numpy(S), torch.from_numpy(T)).numpy()
+    passed = gated(faces, raw["t"], settings.gate)
+    rows = np.flatnonzero(passed)
+    rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
+    thresholds = [impostor_threshold(x, settings.far, seed=settings.seed) for x in (S, T)]
+    pairs = disagreeing_pairs(S, T, *thresholds, k=settings.neighbors)
+
+    write_rows(output / "mined.parquet", faces, rows, scores, settings.rank_by)
+    write_pairs(output / "pairs.parquet", pairs)
+    summary = summarize(settings, faces, scores, passed, pairs, thresholds)
+    summary |= {"teacher_sha256": digest(networks["t"]), "student_sha256": digest(networks["s"])}
+    draw(output, faces, rows, scores, settings.rank_by, near, T, S)
+    atomic_write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def gated(faces: Faces, raw: Floats, share: float) -> np.ndarray:
+    """``[N]`` whether neither the detector's score nor the embedding's length is among the lowest ``share``."""
+    passed = np.ones(len(faces), bool)
+    measures = [np.linalg.norm(raw, axis=1)] + ([faces.column("score")] if "score" in faces.columns else [])
+    for values in measures:
+        passed &= values >= np.quantile(values, share)
+    return passed
+
+
+def write_rows(path: Path, faces: Faces, rows: np.ndarray, scores: dict[str, Floats], by: str) -> None:
+    """``mined.parquet``: row, score (what it is ranked by), every score, and the latent where the corpus has it."""
+    columns: dict[str, pa.Array] = {
+        "row": pa.array(rows, pa.int64()),
+        "score": pa.array(scores[by][rows], pa.float32()),
+    }
+    columns |= {name: pa.array(values[rows], pa.float32()) for name, values in scores.items()}
+    if "latent" in faces.columns:
+        latents = faces.column("latent")[rows].astype(np.float32)
+        columns["latent"] = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), latents.shape[1])
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(pa.table(columns), file)
+
+
+def write_pairs(path: Path, pairs: Pairs, most: int = 100_000) -> None:
+    """``pairs.parquet``: the worst decisions about pairs."""
+    columns = {name: getattr(pairs, name)[:most] for name in ("first", "second", "teacher", "student", "missed")}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(pa.table(columns | {"severity": pairs.severity[:most]}), file)
+
+
+def summarize(
+    settings: Mining,
+    faces: Faces,
+    scores: dict[str, Floats],
+    passed: np.ndarray,
+    pairs: Pairs,
+    thresholds: list[Threshold],
+) -> dict[str, Any]:
+    quantiles = {
+        name: {f"{q:g}": float(np.quantile(values, q)) for q in (0.05, 0.5, 0.95, 0.99)}
+        for name, values in scores.items()
+    }
+    return {
+        "settings": asdict(settings),
+        "faces": len(faces),
+        "gated": int((~passed).sum()),
+        "mean": {name: float(values.mean()) for name, values in scores.items()},
+        "quantiles": quantiles,
+        "pairs": {
+            "missed": int(pairs.missed.sum()),
+            "confused": int((~pairs.missed).sum()),
+            "faces_cut_at_k": pairs.cut,
+            "thresholds": dict(zip(("student", "teacher"), map(asdict, thresholds))),
+        },
+    }
+
+
+def draw(
+    output: Path,
+    faces: Faces,
+    rows: np.ndarray,
+    scores: dict[str, Floats],
+    by: str,
+    near: Neighborhoods,
+    T: Floats,
+    S: Floats,
+    shown: int = 32,
+) -> None:
+    """Histogram of disagreement, and the hardest faces beside the nearest one in each space."""
+    atomic_write(output / "disagreement.svg", figures.histograms(scores, "disagreement"))
+    rows = rows[:shown]
+    teacher, student = near.teacher[rows, 0], near.student[rows, 0]
+    captions = [
+        (f"{scores[by][row]:.2f}", f"cos {T[row] @ T[t]:.2f}", f"cos {S[row] @ S[s]:.2f}")
+        for row, t, s in zip(rows, teacher, student)
+    ]
+    columns = {
+        name: faces.images(which.tolist())
+        for name, which in (("face", rows), ("teacher's", teacher), ("student's", student))
+    }
+    atomic_write(output / "hardest.png", figures.sheet(columns, captions))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the arguments of this process."""
+    settings: Settings[Mining] = parse(Mining, arguments, program="mining/mine.py", description=__doc__ or "")
+    made = settings.build()
+    summary = mine(made)
+    means = ", ".join(f"{name} {value:.3f}" for name, value in summary["mean"].items())
+    found = summary["pairs"]
+    print(f"{made.output}: mean disagreement {means}; pairs missed {found['missed']}, confused {found['confused']}")
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,239 @@
+"""The audit finds what was planted, and says nothing where nothing is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import faceless
+from faceless.errors import InputError
+from mining.audit import (
+    balance,
+    calibrate,
+    coverage,
+    differing_bits,
+    excess,
+    groups,
+    main,
+    perceptual_hashes,
+    vendi,
+)
+from mining.faces import digest, unit
+from mining.gallery import Gallery
+from mining.gallery import main as make_gallery
+from synth.corpus import Corpus
+from synth.generate import generate, read_settings
+from tests.mining.tiny_corpus import network, pictures, write
+
+
+def rows(n: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    return unit(np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32))
+
+
+def test_hashes_against_scipy_and_robust_to_what_a_copy_suffers() -> None:
+    fft = pytest.importorskip("scipy.fft")
+    gray = np.random.default_rng(0).uniform(0, 255, (5, 32, 32)).astype(np.float32)
+    images = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1)
+    for image, found in zip(gray, perceptual_hashes(images)):
+        low = fft.dctn(image.astype(np.float64), type=2)[:8, :8].reshape(-1)[1:]
+        bits = low > np.sort(low)[(len(low) - 1) // 2]
+        assert found == sum(1 << i for i, bit in enumerate(bits) if bit)
+    faces = torch.from_numpy(pictures(np.arange(12))).permute(0, 3, 1, 2)
+    changed = (faces.float() * 0.9 + 8 + 4 * torch.randn(faces.shape)).clamp(0, 255).byte()
+    original, copy = perceptual_hashes(faces), perceptual_hashes(changed)
+    assert differing_bits(original, copy).max() <= 10 < differing_bits(original, np.roll(copy, 1)).min()
+
+
+def test_differing_bits() -> None:
+    a, b = np.array([0, 2**63, 7], np.uint64), np.array([0, 0, 2], np.uint64)
+    assert differing_bits(a, b).tolist() == [0, 1, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))
+def test_groups_are_connected_components(count: int, pairs: list[tuple[int, int]]) -> None:
+    pairs = [(a % count, b % count) for a, b in pairs]
+    member = [{i} for i in range(count)]
+    for a, b in pairs:
+        joined = member[a] | member[b]
+        for i in joined:
+            member[i] = joined
+    first, second = (np.array([pair[i] for pair in pairs], np.int64) for i in range(2))
+    assert groups(count, first, second).tolist() == [min(m) for m in member]
+
+
+def test_vendi_has_its_closed_forms() -> None:
+    assert vendi(np.tile(rows(1), (50, 1))) == pytest.approx(1)
+    assert vendi(np.eye(16, dtype=np.float32).repeat(3, 0)) == pytest.approx(16)
+    points = rows(40)
+    values = np.linalg.eigvalsh(points.astype(np.float64) @ points.T / 40)  # the kernel itself, not its dual
+    values = values[values > 1e-12]
+    assert vendi(points) == pytest.approx(math.exp(-(values * np.log(values)).sum()))
+
+
+def test_coverage_and_balance_against_loops() -> None:
+    real, fake = rows(60), rows(40, seed=1)
+    distance = np.linalg.norm(real[:, None] - real[None], axis=2)
+    radius = np.sort(distance, 1)[:, 3]
+    nearest = np.linalg.norm(real[:, None] - fake[None], axis=2).min(1)
+    assert coverage(real, fake, 3) == pytest.approx((nearest <= radius).mean())
+    assert coverage(real, real[:1], 3) < 0.2 < 0.99 < coverage(real, real, 3)
+    even = balance(np.eye(8, dtype=np.float32).repeat(10, 0), 8, seed=0)
+    lopsided = balance(np.eye(8, dtype=np.float32).repeat([73, 1, 1, 1, 1, 1, 1, 1], 0), 8, seed=0)
+    assert lopsided["effective_cells"] < 0.5 < even["effective_cells"]
+    assert balance(real, 5, 0, real)["divergence"] == pytest.approx(0, abs=1e-9)
+    assert 0 < balance(fake, 5, 0, real)["divergence"] <= 1
+
+
+def test_thresholds_of_all_pairs_of_strangers() -> None:
+    gallery, people = rows(120), np.arange(120) // 3
+    cosines = [gallery[i] @ gallery[j] for i in range(120) for j in range(i + 1, 120) if people[i] != people[j]]
+    assert len(cosines) == 120 * 119 // 2 - 120
+    found = calibrate(gallery, people, [1e-2, 1e-3, 1e-6])
+    for fmr in (1e-2, 1e-3):
+        threshold = found[fmr]
+        assert threshold is not None
+        assert threshold.pairs == len(cosines)
+        assert threshold.spread == pytest.approx(np.std(cosines), rel=1e-4)
+        above = sum(c >= threshold.value - 1e-6 for c in cosines)
+        assert abs(above - int(fmr * len(cosines))) <= 1
+    assert found[1e-6] is None, "7,020 pairs say nothing about one in a million"
+    with pytest.raises(InputError, match="one person only"):
+        calibrate(gallery, np.zeros(120, int), [1e-2])
+
+
+def test_excess_is_a_sign_test() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    numbers = np.random.default_rng(0)
+    hits, null = numbers.random(500) < 0.10, numbers.random(500) < 0.06
+    found = excess(hits, null)
+    only, null_only = int((hits & ~null).sum()), int((null & ~hits).sum())
+    expected = scipy.binomtest(only, only + null_only, alternative="greater").pvalue
+    assert found["p_value"] == pytest.approx(expected, rel=1e-9)
+    assert found["excess"] == hits.sum() - null.sum()
+    nothing = np.zeros(5, bool)
+    assert excess(nothing, nothing) == {"hits": 0, "null_hits": 0, "excess": 0, "p_value": 1.0}
+
+
+def people_folder(folder: Path, numbers: range) -> Path:
+    from PIL import Image
+
+    for person in numbers:
+        (folder / f"p{person:03d}").mkdir(parents=True)
+        for face in range(3):
+            image = pictures(np.array([person]), seed=100 * person + face)[0]
+            Image.fromarray(image).save(folder / f"p{person:03d}" / f"{face}.png")
+    return folder
+
+
+def test_planted_people_are_found_and_others_are_not(tmp_path: Path) -> None:
+    """People 0..29 are known to the generator, 30..59 are not; 60..99 are nobody."""
+    nets = [network(tmp_path / f"net{i}", i) for i in range(2)]
+    reference, null = (people_folder(tmp_path / n, r) for n, r in (("ref", range(30)), ("null", range(30, 60))))
+    identities = np.concatenate((np.arange(60, 100).repeat(5), np.arange(12)))
+    corpus = write(tmp_path / "corpus", pictures(identities, seed=5))
+    files = []
+    for name, folder in (("reference", reference), ("null", null)):
+        files += [str(tmp_path / f"{name}.safetensors")]
+        make_gallery(["--faces", str(folder), "--recognizers", json.dumps(nets), "--output", files[-1]])
+        assert Gallery.load(files[-1]).images is None
+    given = ["--corpus", str(corpus), "--recognizers", json.dumps(nets), "--cache", str(tmp_path / "cache")]
+    given += ["--fmrs", "[0.01,0.005]", "--verdict_fmr", "0.005", "--device", "cpu", "--duplicate_cosine", "0.9999"]
+    main([*given, "--reference", files[0], "--null", files[1], "--output", str(tmp_path / "found")])
+    found = json.loads((tmp_path / "found" / "audit.json").read_text())
+    leaks = set(pq.read_table(tmp_path / "found" / "leaks.parquet")["row"].to_pylist())
+    planted = set(range(200, 212))
+    assert len(leaks & planted) >= 10
+    assert len(leaks - planted) <= 10
+    assert found["verdict"].startswith("LEAKAGE")
+    assert found["leakage"]["agreed"]["p_value"] < 0.01
+    assert "LEAKAGE" in (tmp_path / "found" / "AUDIT.md").read_text()
+    assert (tmp_path / "found" / "closest.png").read_bytes().startswith(b"\x89PNG")
+    # The other way round: nobody of the null gallery was planted.
+    main([*given, "--reference", str(null), "--null", files[0], "--output", str(tmp_path / "none")])
+    assert not json.loads((tmp_path / "none" / "audit.json").read_text())["verdict"].startswith("LEAKAGE")
+
+
+def test_duplicates_are_removed_and_what_is_left_is_a_corpus(tmp_path: Path) -> None:
+    recipe = {
+        "generator": {"class_path": "synth.generators.dcgan.DCGAN", "init_args": {"weights": None, "channels": 4}},
+        "count": 600,
+        "shard_rows": 400,
+        "block": 64,
+        "align": None,
+        "workers": 0,
+        "output": str(tmp_path / "corpus"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    whole = generate(read_settings(["--config", str(tmp_path / "recipe.yaml")]), progress=False)
+    net = network(tmp_path / "net", 0)
+    given = ["--corpus", str(whole.folder), "--recognizers", json.dumps([net]), "--device", "cpu"]
+    given += [
+        "--output",
+        str(tmp_path / "audit"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--remove",
+        str(tmp_path / "rest"),
+    ]
+    # Random generators make faces that are all alike: that is what is to be found here.
+    main([*given, "--duplicate_cosine", "0.5", "--duplicate_bits", "24", "--datasheet", "true"])
+    found = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    table = pq.read_table(tmp_path / "audit" / "duplicates.parquet").to_pandas()
+    dropped = table["row"][~table["keep"]].tolist()
+    assert 0 < found["duplicates"]["removable"] == len(dropped) < 600
+    assert (table.groupby("group")["keep"].sum() == 1).all()
+    rest = Corpus(tmp_path / "rest")
+    rest.verify()
+    stays = sorted(set(range(600)) - set(dropped))
+    assert len(rest) == len(stays)
+    assert torch.equal(rest.images(range(len(rest))), whole.images(stays))
+    assert torch.equal(rest.latents(range(len(rest))), whole.latents(stays))
+    sheet = (whole.folder / "DATASHEET.md").read_text()
+    assert sheet.endswith("## Audit\nLeakage was not audited: no reference gallery was given.\n")
+    assert "was not audited for that" not in sheet
+    with pytest.raises(InputError, match="is there already"):
+        main(given)
+
+
+def test_galleries_of_strangers_are_checked(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net = faceless.load(network(tmp_path / "net", 0))
+    key = digest(net)
+    gallery = Gallery.of(torch.zeros(4, 3, 32, 32).byte(), np.arange(4), {key: net})
+    gallery.save(tmp_path / "g.safetensors")
+    again = Gallery.load(tmp_path / "g.safetensors")
+    np.testing.assert_array_equal(again.seen_by(key, "net"), gallery.embeddings[key])
+    assert again.identities.tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="no embeddings of other"):
+        again.seen_by("0" * 64, "other")
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not readable as a gallery"):
+        Gallery.load(tmp_path / "bad")
+    save_file({"identities": torch.arange(3)}, tmp_path / "plain")
+    with pytest.raises(InputError, match="is no gallery"):
+        Gallery.load(tmp_path / "plain")
+    metadata = {"faceless": '{"format": "gallery"}'}
+    save_file({"identities": torch.arange(3), f"embeddings.{key}": torch.zeros(2, 4)}, tmp_path / "short", metadata)
+    with pytest.raises(InputError, match="not finite embeddings of 3 faces"):
+        Gallery.load(tmp_path / "short")
+
+
+def test_leakage_needs_two_recognizers_and_a_null(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two recognizers or more"):
+        main(["--corpus", "c", "--reference", "r", "--null", "n"])
+    with pytest.raises(InputError, match="null gallery"):
+        main(["--corpus", "c", "--reference", "r", "--recognizers", '["a", "b"]'])
+    (tmp_path / "p").mkdir()
+    with pytest.raises(InputError, match="one sub-folder of images for each person"):
+        make_gallery(["--faces", str(tmp_path / "p"), "--recognizers", json.dumps([network(tmp_path / "n", 0)])])

@@ -1,0 +1,97 @@
+"""Clusters against scikit-learn and plain loops; the command against known identities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faceless.errors import InputError
+from mining.faces import unit
+from mining.identities import cluster, criterion, distinct, main, purity, refine, remaining
+from tests.mining.tiny_corpus import network, pictures, write
+
+
+def people(count: int, faces: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    numbers = np.random.default_rng(seed)
+    centers = unit(numbers.standard_normal((count, 32)).astype(np.float32))
+    truth = np.repeat(np.arange(count), faces)
+    return unit(centers[truth] + spread * numbers.standard_normal((len(truth), 32)).astype(np.float32)), truth
+
+
+def test_separate_people_are_found_again() -> None:
+    rows, truth = people(5, 30, 0.05)
+    centers, labels = cluster(rows, 5, restarts=10)
+    assert purity(labels, truth) == 1.0
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+    again = cluster(rows, 5, restarts=10)
+    assert np.array_equal(again[0], centers) and np.array_equal(again[1], labels)
+    with pytest.raises(InputError, match="use fewer"):
+        cluster(rows[:5], 6)
+
+
+def test_purity_against_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics.cluster")
+    numbers = np.random.default_rng(0)
+    labels, truth = numbers.integers(0, 6, 200), numbers.integers(0, 9, 200)
+    table = metrics.contingency_matrix(truth, labels)
+    assert purity(labels, truth) == pytest.approx(table.max(0).sum() / table.sum())
+    with pytest.raises(ValueError, match="no face has both"):
+        purity(labels, np.full(200, -1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 25), st.lists(st.tuples(st.integers(0, 24), st.integers(0, 24)), max_size=60))
+def test_rounds_drop_what_one_by_one_drops(count: int, ties: list[tuple[int, int]]) -> None:
+    ties = [(a % count, b % count) for a, b in ties if a % count != b % count]
+    stays: list[bool] = []
+    for number in range(count):
+        stays.append(not any(stays[min(tie)] for tie in ties if max(tie) == number))
+    later = np.array([max(tie) for tie in ties], np.int64)
+    earlier = np.array([min(tie) for tie in ties], np.int64)
+    assert remaining(count, later, earlier).tolist() == stays
+
+
+def test_the_criterion_prefers_the_true_number() -> None:
+    rows, _ = people(6, 40, 0.08)
+    assert distinct(rows, 0.6) == 6
+    value = {}
+    for k in (2, 6, 60):
+        inside, between = criterion(rows, *cluster(rows, k, restarts=10), threshold=0.7)
+        value[k] = inside - between
+    assert value[6] > 0.9
+    assert value[6] > max(value[2], value[60]) + 0.1
+
+
+def test_refinement_drops_strays_and_keeps_the_rest() -> None:
+    rows, truth = people(10, 12, 0.05)
+    strays = unit(np.random.default_rng(5).standard_normal((8, 32)).astype(np.float32))
+    halfway = unit(rows[:1] + rows[12:13])
+    everybody = np.concatenate((rows, strays, halfway))
+    centers, labels = cluster(everybody, 12, restarts=10)
+    found, cosines, lead = refine(everybody, centers, labels, 0.5, neighbors=5, margin=0.15)
+    assert purity(found, np.concatenate((truth, np.full(9, -1)))) == 1.0
+    assert (found[: len(rows)] >= 0).mean() > 0.95
+    assert (found[len(rows) :] == -1).all()
+    assert sorted(set(found[found >= 0].tolist())) == list(range(found.max() + 1)), "consecutive"
+    assert lead[-1] < 0.15
+    assert cosines[-1] > 0.5
+
+
+def test_the_command_leaves_labels_that_a_source_can_read(tmp_path: Path) -> None:
+    truth = np.arange(160) % 8
+    corpus = write(tmp_path / "corpus", pictures(truth), identity=truth)
+    out = tmp_path / "out"
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "net", 0), "--output", str(out)]
+    main([*given, "--clusters", "8", "--far", "0.1", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    labels = np.load(out / "identities.npy", allow_pickle=False)
+    found = json.loads((out / "identities.json").read_text())
+    assert labels.dtype == np.int64 and labels.shape == (160,)
+    assert labels.max() + 1 == found["identities"]
+    assert found["labeled"] == (labels >= 0).sum() > 80
+    assert found["purity"]["identities"] == pytest.approx(purity(labels, truth))
+    assert purity(labels, truth) > 0.8

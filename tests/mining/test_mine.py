@@ -1,0 +1,98 @@
+"""The mining command on shards that we did not write, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+
+import faceless
+from faceless.errors import InputError
+from mining.faces import Faces, embeddings, unit
+from mining.mine import main
+from tests.mining.tiny_corpus import network, pictures, write
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    numbers = np.random.default_rng(3)
+    return write(
+        tmp_path / "corpus",
+        pictures(np.arange(60) % 20),
+        latent=numbers.standard_normal((60, 5)).astype(np.float16),
+        score=np.linspace(0, 1, 60).astype(np.float32),
+    )
+
+
+def test_faces_come_as_they_were_written(corpus: Path) -> None:
+    faces = Faces(corpus)
+    images = torch.from_numpy(pictures(np.arange(60) % 20)).permute(0, 3, 1, 2)
+    assert torch.equal(faces.images([59, 0, 31, 0]), images[[59, 0, 31, 0]])
+    assert torch.equal(torch.cat(list(faces.batches(13))), images)
+    assert faces.column("latent").shape == (60, 5)
+    np.testing.assert_allclose(faces.column("score"), np.linspace(0, 1, 60), atol=1e-6)
+
+
+def test_embeddings_are_computed_once(corpus: Path, tmp_path: Path) -> None:
+    net = faceless.load(network(tmp_path / "net", 0))
+    faces = Faces(corpus)
+    found = embeddings(net, faces, tmp_path / "cache", "cpu", progress=False)
+    expected = net.embed(faces.images(range(60)))
+    torch.testing.assert_close(torch.from_numpy(unit(found)), expected, atol=1e-5, rtol=0)
+    (part,) = (tmp_path / "cache").glob("*/part-*.npy")
+    np.save(part, np.full_like(found, 7))
+    assert (embeddings(net, faces, tmp_path / "cache", "cpu", progress=False) == 7).all()
+    with torch.no_grad():
+        next(net.backbone.parameters()).mul_(1.5)
+    assert not (embeddings(net, faces, tmp_path / "cache", "cpu", progress=False) == 7).any(), "other weights"
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(InputError, match="delete it and run again"):
+        embeddings(faceless.load(tmp_path / "net"), faces, tmp_path / "cache", "cpu", progress=False)
+
+
+def test_the_hardest_faces_are_written_with_their_latents(corpus: Path, tmp_path: Path) -> None:
+    teacher, student = (network(tmp_path / name, seed) for seed, name in enumerate(("teacher", "student")))
+    out = tmp_path / "out"
+    given = ["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--output", str(out)]
+    main([*given, "--keep", "10", "--gate", "0.1", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    table = pq.read_table(out / "mined.parquet")
+    images = Faces(corpus).images(range(60))
+    raw = [faceless.load(net).eval()(images).embedding.detach() for net in (teacher, student)]
+    T, S = (F.normalize(x - x.mean(0)) for x in raw)
+    disagreement = (1 - (S * T).sum(1)).numpy()
+    norms = raw[0].norm(dim=1).numpy()
+    passed = (norms >= np.quantile(norms, 0.1)) & (np.linspace(0, 1, 60) >= 0.1)
+    hardest = [row for row in np.argsort(-disagreement) if passed[row]][:10]
+    assert table["row"].to_pylist() == hardest
+    np.testing.assert_allclose(table["score"].to_numpy(), disagreement[hardest], atol=1e-5)
+    latents = np.array(table["latent"].to_pylist())
+    np.testing.assert_array_equal(latents, Faces(corpus).column("latent")[hardest])
+    assert str(table.schema.field("latent").type) == "fixed_size_list<element: float>[5]"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["faces"] == 60
+    assert summary["mean"]["pointwise"] == pytest.approx(float(disagreement.mean()), abs=1e-5)
+    pairs = pq.read_table(out / "pairs.parquet")
+    assert pairs.num_rows == summary["pairs"]["missed"] + summary["pairs"]["confused"]
+    assert (out / "hardest.png").read_bytes().startswith(b"\x89PNG")
+    assert "disagreement" in (out / "disagreement.svg").read_text()
+
+
+def test_what_cannot_be_mined_is_said_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no parquet shards"):
+        Faces(tmp_path / "empty")
+    (tmp_path / "empty" / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(InputError, match="not readable as parquet"):
+        Faces(tmp_path / "empty")
+    (corpus / "manifest.json").write_text('{"shards": [{"name": "x", "rows": 3}]}')
+    with pytest.raises(InputError, match="repair the corpus"):
+        Faces(corpus)
+    (corpus / "manifest.json").unlink()
+    teacher, student = network(tmp_path / "t", 0), network(tmp_path / "s", 1, dim=8)
+    with pytest.raises(InputError, match="use overlap or rbo"):
+        main(["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--cache", str(tmp_path / "c")])
