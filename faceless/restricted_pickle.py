@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,17 +26,17 @@ from torch import Tensor
 from faceless.errors import InputError
 
 MAX_BYTES = 4 << 30
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 2_000_000
 
 # What these would have built is plain data, and is built right away.
 DICTS = {"collections.OrderedDict", "builtins.dict", "__builtin__.dict"}
 SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
+BYTES = {"_codecs.encode", "builtins.bytes", "__builtin__.bytes"}  # how protocols 0 to 2 spell them
 ARRAYS = {
     "numpy.ndarray",
     "numpy.dtype",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
-    "_codecs.encode",  # how protocols 0 to 2 spell bytes
 }
 TENSORS = {
     "torch._utils._rebuild_tensor",
@@ -148,11 +148,11 @@ def _guarded(where: str, read: Callable[[], T]) -> T:
 
 def _read(stream: BytesIO, allowed: Collection[str], dicts: Collection[str], persistent: bool = False) -> Any:
     """One pickle from the stream, which is left behind its last opcode."""
-    known = {*allowed, *dicts, *SETS}
+    known = {*allowed, *dicts, *SETS, *BYTES}
     stack: list[Any] = []
     below: list[list[Any]] = []  # stacks under the marks
     memo: dict[int, Any] = {}
-    copied = 0
+    copied, size = 0, stream.getbuffer().nbytes
 
     def named(module: Any, name: Any) -> Global:
         full = f"{module}.{name}"
@@ -167,13 +167,15 @@ def _read(stream: BytesIO, allowed: Collection[str], dicts: Collection[str], per
             raise _DamagedError(f"calls {_kind(function)} with {_kind(args)}, which no honest pickle does; refused")
         nonlocal copied
         # A copy costs more than its opcode.
-        copied += len(args[0]) if args and isinstance(args[0], (dict, list)) else 0
-        if copied > MAX_OPCODES:
+        copied += len(args[0]) if args and isinstance(args[0], (dict, list, str)) else 0
+        if copied > max(MAX_OPCODES, size):
             raise _DamagedError(f"copies more than {MAX_OPCODES} items; refused")
         if function.name in dicts and not kwargs and len(args) < 2:
             return _pairs(args[0]) if args else {}
         if function.name in SETS and not kwargs and len(args) == 1 and isinstance(args[0], list):
             return {_key(item) for item in args[0]}
+        if function.name in BYTES:
+            return _latin1(args)
         return Call(function.name, args, kwargs or {})
 
     def to_mark() -> list[Any]:
@@ -342,16 +344,18 @@ def array(value: Any, where: str = "pickle") -> np.ndarray:
 def _array(value: Any) -> np.ndarray:
     match value:
         case Call(name=name, args=(dtype, content)) if name.endswith("multiarray.scalar"):
-            return _elements(_bytes(content), _dtype(dtype), (), "C")
+            return _elements(content, _dtype(dtype), (), "C")
         case Call(name=name, state=(_, shape, dtype, fortran, content)) if name.endswith("multiarray._reconstruct"):
-            return _elements(_bytes(content), _dtype(dtype), shape, "F" if fortran else "C")
-        case Call(name=name, args=(content, dtype, shape, order)) if name.endswith("numeric._frombuffer"):
-            return _elements(_bytes(content), _dtype(dtype), shape, "F" if order == "F" else "C")
+            return _elements(content, _dtype(dtype), shape, "F" if fortran else "C")
+        case Call(name=name, args=(content, dtype, shape, "C" | "F" as order)) if name.endswith("numeric._frombuffer"):
+            return _elements(content, _dtype(dtype), shape, order)
+        case Call(name=name, args=(content, dtype, shape, "K", axes)) if name.endswith("numeric._frombuffer"):
+            return _elements(content, _dtype(dtype), shape, "C").transpose(_sizes(axes))
     raise _DamagedError(f"holds {_kind(value)} in the place of an array")
 
 
-def _elements(content: bytes, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
-    shape = _sizes(shape)
+def _elements(content: Any, dtype: np.dtype, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
+    content, shape = _bytes(content), _sizes(shape)
     if math.prod(shape) * dtype.itemsize != len(content):
         raise _DamagedError(f"has {len(content)} bytes for an array of {list(shape)[:8]} {dtype}")
     return np.frombuffer(content, dtype).reshape(shape, order=order)
@@ -367,10 +371,17 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return value
 
 
+def _latin1(args: tuple[Any, ...]) -> bytes:
+    match args:
+        case ():
+            return b""
+        case (str(text), "latin1"):
+            return text.encode("latin1")
+    raise _DamagedError("spells bytes in an unknown way; refused")
+
+
 def _bytes(value: Any) -> bytes:
     match value:
-        case Call(name="_codecs.encode", args=(str(text), "latin1")):
-            return text.encode("latin1")
         case str():  # of Python 2
             return value.encode("latin1")
         case bytes() | bytearray():

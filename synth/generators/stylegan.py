@@ -15,6 +15,7 @@ from faceless.errors import InputError
 from faceless.randomness import Rng
 from synth.generators import stylegan_files
 from synth.generators.base import Generator
+from synth.generators.stylegan_networks import StyleGANNetwork
 
 # Mean landmarks of FFHQ's 512 x 512 faces: eye centers, nose tip, mouth corners (xinntao/facexlib).
 _FFHQ = ((192.98, 239.95), (318.90, 240.19), (256.63, 314.02), (201.26, 371.41), (313.09, 371.15))
@@ -51,6 +52,9 @@ class StyleGAN(Generator):
     Raises:
         InputError: weights that are damaged, hostile or of another network, or settings that contradict each other.
     """
+
+    network: StyleGANNetwork
+    grid: Tensor
 
     def __init__(
         self,
@@ -171,7 +175,7 @@ class StyleGAN(Generator):
         """``[B, 1, side, side]`` of every layer, from the numbers ``[B]`` in the latents."""
         # The bits of the number, which any rounding of it to half precision leaves to be the face's own.
         indices = numbers.detach().float().contiguous().view(torch.int32).long()
-        sides: list[int] = self.network.synthesis.noise_sizes
+        sides = self.network.synthesis.noise_sizes
         return [Rng.of(0, f"stylegan noise {i}", indices).normal(1, side, side) for i, side in enumerate(sides)]
 
     def _cropped(self, images: Tensor) -> Tensor:
@@ -185,6 +189,10 @@ class StyleGAN(Generator):
             images = F.avg_pool2d(images, 2)
         grid = self.grid.expand(len(images), -1, -1, -1)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        latents, faces = super().make(rng, dtype)
+        return latents.cpu(), faces
 
     def perturb(self, latents: Tensor, scale: Tensor, rng: Rng) -> Tensor:
         """Gaussian steps of standard deviation ``scale [B]`` in the units of z or w; one step for all rows of w.

@@ -259,6 +259,7 @@ class Synthesis2(nn.Module):
     """
 
     blur: Tensor
+    noise_sizes: list[int]
 
     def __init__(self, config: StyleGAN2Config):
         super().__init__()
