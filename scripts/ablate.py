@@ -327,8 +327,7 @@ def report(grid: Grid) -> None:
     text = table(grid, rows, teacher)
     atomic_write(output / "table.md", text)
     record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}
-    atomic_write(output / "table.json", json.dumps(record, indent=1) + "
-")
+    atomic_write(output / "table.json", json.dumps(record, indent=1) + "\n")
     with matplotlib.rc_context(figures.STYLE):
         for name in MEASURES:
             if any(name in row for row in rows):
