@@ -96,11 +96,14 @@ class Neighborhoods:
 
     Attributes:
         student, teacher: ``[N, k]`` row numbers, the nearest first, without the row itself.
+        student_cosines, teacher_cosines: ``[N, k]`` of those.
         overlap, rbo: ``[N]`` float32; see `overlap` and `rank_biased_overlap`.
     """
 
     student: Ids
     teacher: Ids
+    student_cosines: Floats
+    teacher_cosines: Floats
     overlap: Floats
     rbo: Floats
 
@@ -119,16 +122,16 @@ def neighborhoods(
     k = min(k, len(student) - 1)
     if k < 1:
         raise ValueError("a neighborhood needs at least two faces")
-    lists = [
-        EmbeddingIndex.of(rows, kind=kind, recall=recall, k=k).neighbors(rows, k)[1] for rows in (student, teacher)
-    ]
+    (s_cosines, s_ids), (t_cosines, t_ids) = (
+        EmbeddingIndex.of(rows, kind=kind, recall=recall, k=k).neighbors(rows, k) for rows in (student, teacher)
+    )
     shared, ranked = np.empty(len(student), np.float32), np.empty(len(student), np.float32)
     for first in range(0, len(student), CHUNK):
         part = slice(first, first + CHUNK)
-        s, t = (torch.from_numpy(ids[part]) for ids in lists)
+        s, t = torch.from_numpy(s_ids[part]), torch.from_numpy(t_ids[part])
         shared[part] = overlap(s, t)
         ranked[part] = rank_biased_overlap(s, t, persistence)
-    return Neighborhoods(lists[0], lists[1], shared, ranked)
+    return Neighborhoods(s_ids, t_ids, s_cosines, t_cosines, shared, ranked)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class Pairs:
         missed: ``[P]`` whether it is the same face to the teacher (else the student confuses two).
         severity: ``[P]`` how far both cosines lie on the two sides of their thresholds, in standard deviations of
             impostor cosines.
-        cut: faces with more than ``k`` others above a threshold, whose farther pairs were not looked at.
+        cut: faces with more others above a threshold than they have neighbors, whose farther pairs were not looked at.
     """
 
     first: Ids
@@ -224,11 +227,9 @@ def disagreeing_pairs(
     teacher: Floats,
     student_threshold: Threshold,
     teacher_threshold: Threshold,
+    near: Neighborhoods,
     *,
-    k: int = 50,
     labels: Ids | None = None,
-    kind: str = "auto",
-    recall: float = 0.99,
 ) -> Pairs:
     """Find the pairs on whose identity student and teacher decide differently, and the teacher rightly.
 
@@ -238,16 +239,17 @@ def disagreeing_pairs(
     Args:
         student, teacher: embeddings ``[N, D]`` of the same faces; D may differ.
         student_threshold, teacher_threshold: each calibrated in its own space, see `impostor_threshold`.
-        k: neighbors of each face that are looked at in each space.
+        near: the neighbors of each face in each space (`neighborhoods`): only these pairs are looked at.
         labels: ``[N]`` identities, -1 for unknown (whose pairs are left out).
     """
-    spaces = (student, student_threshold), (teacher, teacher_threshold)
     firsts, seconds, cut = [], [], np.zeros(len(student), bool)
-    for rows, threshold in spaces:
-        scores, ids = EmbeddingIndex.of(rows, kind=kind, recall=recall, k=k).neighbors(rows, min(k, len(rows) - 1))
-        near = (scores >= threshold.value) & (ids >= 0)
-        cut |= near[:, -1] & (ids.shape[1] < len(rows) - 1)
-        a, b = np.repeat(np.arange(len(rows)), near.sum(1)), ids[near]
+    for ids, cosines, threshold in (
+        (near.student, near.student_cosines, student_threshold),
+        (near.teacher, near.teacher_cosines, teacher_threshold),
+    ):
+        above = (cosines >= threshold.value) & (ids >= 0)
+        cut |= above[:, -1] & (ids.shape[1] < len(ids) - 1)
+        a, b = np.repeat(np.arange(len(ids)), above.sum(1)), ids[above]
         firsts.append(np.minimum(a, b))
         seconds.append(np.maximum(a, b))
     codes = np.unique(np.concatenate(firsts) * len(student) + np.concatenate(seconds))

@@ -94,8 +94,10 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     passed = gated(faces, raw["t"], settings.gate)
     rows = np.flatnonzero(passed)
     rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
-    thresholds = [impostor_threshold(x, settings.far, seed=settings.seed) for x in (S, T)]
-    pairs = disagreeing_pairs(S, T, *thresholds, k=settings.neighbors)
+    thresholds = {
+        name: impostor_threshold(x, settings.far, seed=settings.seed) for name, x in (("student", S), ("teacher", T))
+    }
+    pairs = disagreeing_pairs(S, T, thresholds["student"], thresholds["teacher"], near)
 
     write_rows(output / "mined.parquet", faces, rows, scores, settings.rank_by)
     write_pairs(output / "pairs.parquet", pairs)
@@ -142,7 +144,7 @@ def summarize(
     scores: dict[str, Floats],
     passed: np.ndarray,
     pairs: Pairs,
-    thresholds: list[Threshold],
+    thresholds: dict[str, Threshold],
 ) -> dict[str, Any]:
     quantiles = {
         name: {f"{q:g}": float(np.quantile(values, q)) for q in (0.05, 0.5, 0.95, 0.99)}
@@ -158,7 +160,7 @@ def summarize(
             "missed": int(pairs.missed.sum()),
             "confused": int((~pairs.missed).sum()),
             "faces_cut_at_k": pairs.cut,
-            "thresholds": dict(zip(("student", "teacher"), map(asdict, thresholds))),
+            "thresholds": {name: asdict(threshold) for name, threshold in thresholds.items()},
         },
     }
 

@@ -1,8 +1,8 @@
 """Does the audit find leaks? Photographs of known people, mildly changed, are hidden in a corpus of generated faces.
 
-``python scripts/planted_leaks.py --corpus corpora/quickstart --other runs/quickstart/student`` copies the first faces of
-a corpus, hides 200 AT&T faces of people 1 to 20 among them (each cropped, flipped, blurred or compressed), and audits
-the mixture with those people's photographs as reference and people 21 to 40 as null gallery. Nothing is trained.
+``python scripts/planted_leaks.py --corpus corpora/quickstart --other runs/quickstart/student`` copies the first faces
+of a corpus, hides 200 AT&T faces of people 1 to 20 among them (each cropped, flipped, blurred or compressed), and
+audits the mixture with their photographs as reference and people 21 to 40 as null gallery. Nothing is trained.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_pairs_are_those_that_all_pairs_hold(labelled: bool) -> None:
     S = T + 0.5 * rows(120, seed=1)
     labels = np.random.default_rng(0).integers(-1, 30, 120) if labelled else None
     thresholds = Threshold(0.5, 0.1, 1000, 0.3), Threshold(0.6, 0.1, 1000, 0.2)
-    found = disagreeing_pairs(S, T, *thresholds, k=119, labels=labels)
+    found = disagreeing_pairs(S, T, *thresholds, neighborhoods(S, T, 119), labels=labels)
     expected = {}
     unit_s, unit_t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (S.astype(float), T.astype(float)))
     for i in range(120):
@@ -129,4 +129,4 @@ def test_pairs_are_those_that_all_pairs_hold(labelled: bool) -> None:
     assert (np.diff(found.severity) <= 0).all()
     assert np.array_equal(found.missed, found.teacher >= 0.6)
     assert found.cut == 0
-    assert disagreeing_pairs(S, T, *thresholds, k=3).cut > 0
+    assert disagreeing_pairs(S, T, *thresholds, neighborhoods(S, T, 3)).cut > 0

@@ -42,7 +42,7 @@ def write(folder: Path, images: np.ndarray, shards: int = 2, **columns: np.ndarr
 
 def network(folder: Path, seed: int, dim: int = 16) -> str:
     """A small random recognizer on the disk."""
-    options = {"widths": [8, 16], "depths": [1, 1]}
+    options = {"widths": [8, 16], "depths": [1, 1], "head": "flat"}
     net = faceless.create("slimresnet", embedding_dim=dim, input_size=SIDE, framing="dlib", seed=seed, **options)
     faceless.save(net, folder, {})
     return str(folder)
