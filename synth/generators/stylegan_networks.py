@@ -233,7 +233,7 @@ class Layer2(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.register_buffer("noise", torch.zeros(1, 1, size, size))
         self.strength = nn.Parameter(torch.zeros(()))
-        self.up, self.clamp, self.size = up, clamp, size
+        self.up, self.clamp = up, clamp
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | Literal["const", "none"], blur: Tensor) -> Tensor:
         style = self.affine(w)
@@ -273,7 +273,7 @@ class Synthesis2(nn.Module):
             self.layers.append(Layer2((before, after), w_dim, side, True, clamp))
             self.layers.append(Layer2((after, after), w_dim, side, False, clamp))
         self.to_rgb = nn.ModuleList(ToRGB(c, w_dim, clamp) for c in channels)
-        self.noise_sizes = [layer.size for layer in self.layers]
+        self.noise_sizes = [4 << (i + 1) // 2 for i in range(len(self.layers))]
         binomial = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
         self.register_buffer("blur", torch.outer(binomial, binomial).view(1, 1, 4, 4))
 

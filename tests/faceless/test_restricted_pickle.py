@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceless import restricted_pickle as pickles
@@ -26,6 +26,7 @@ data = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(data, st.integers(0, 5))
 def test_plain_data_is_what_pickle_reads(value, protocol):
     found, expected = loads(pickle.dumps(value, protocol), ()), pickle.loads(pickle.dumps(value, protocol))
