@@ -14,7 +14,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -270,6 +270,17 @@ class Corpus:
         for place, (shard, row) in enumerate(where):
             self._decode(shard, row, out[place])
         return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def encoded(self, rows: Tensor | Sequence[int]) -> list[bytes]:
+        """The bytes of the image files of these rows, as they are stored."""
+        return [self._shard(shard).image(row) for shard, row in self._where(rows)]
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of all rows in order, a few hundred rows at a time."""
+        for number, shard in enumerate(self.shards):
+            file = self._shard(number)
+            for group in range(-(-shard["rows"] // ROW_GROUP)):
+                yield pa.table({name: file.group(group, name) for name in columns})
 
     def latents(self, rows: Tensor | Sequence[int]) -> Tensor:
         """``[n, *latent_shape]`` float32 latents of these rows, in this order."""

@@ -23,6 +23,27 @@ def datasheet(manifest: dict[str, Any]) -> str:
             f"Each face was found by dlib's HOG detector at {framing['detect_size']} pixels, {framing['points']} "
             f"landmarks were predicted, and it was cut to the {framing['framing']} framing at {framing['size']} pixels."
         )
+    settings = manifest["settings"]
+    people = "- No identity, age, sex or other attribute is recorded, and none was estimated."
+    if "identity" in manifest["columns"]:
+        people = (
+            "- `identity` numbers the invented people whom the generator was told to show; whether it did was not "
+            "checked.\n- No age, sex or other attribute is recorded, and none was estimated."
+        )
+    more = ""
+    if settings.get("around"):
+        more += (
+            f"- Latents were drawn near given ones (file of {settings['around']}), `around_scale` "
+            f"{settings.get('around_scale', 0.5):g}; `parent` is the row there.\n"
+        )
+    if settings.get("teacher"):
+        more += (
+            f"- `embedding` is what the recognizer {settings['teacher']} (SHA-256 {settings['teacher_sha256']}) makes "
+            "of the face, before normalization; `quality` is its norm.\n"
+        )
+    if settings.get("gate"):
+        floors = ", ".join(f"{name} {value:g}" for name, value in settings["gate"].items())
+        more += f"- Quality gate on the stored images: {floors}.\n"
     return f"""# Datasheet
 
 ## Motivation
@@ -33,7 +54,7 @@ Unlabeled faces for distilling a face recognizer without using pictures of real 
 - **No row is a photograph of a person** (`real_faces: {str(manifest["real_faces"]).lower()}`). What the generator was
   trained on may still have been; see its licence below. A face may resemble somebody by chance, or because a generator
   remembers its training data; this corpus was not audited for that.
-- No identity, age, sex or other attribute is recorded, and none was estimated.
+{people}
 - Columns: {", ".join(manifest["columns"])}.
   `index` is the number of the candidate and, with `seed`, determines latent and face; `size` is the length of the
   encoded image in bytes.
@@ -43,7 +64,7 @@ Unlabeled faces for distilling a face recognizer without using pictures of real 
 - Seed {manifest["settings"]["seed"]}; latents are drawn from a counter-based generator, one per candidate index.
 - {counts["candidates"]:,} candidates in whole blocks; of {counts["accepted"]:,} accepted, the first
   {manifest["rows"]:,} were kept.
-
+{more}
 ## Preprocessing
 {crop} Rejected candidates:
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,17 @@ from tqdm import tqdm
 import faceless
 from faceless import assets
 from faceless.errors import InputError, command
-from faceless.files import atomic_write
+from faceless.files import atomic_write, sha256
 from faceless.settings import Settings, parse
-from synth.blocks import Blocks, Pool, columns
+from synth.blocks import Blocks, Pool, columns, teacher
 from synth.corpus import FORMAT, VERSION, Corpus, CorpusWriter, damaged_shards, read_manifest, write_manifest
 from synth.datasheet import contact_sheet, datasheet
 from synth.settings import Generation
 
 # What no byte of the corpus depends on.
-INCIDENTAL = ("output", "workers", "repair")
+INCIDENTAL = ("output", "workers", "repair", "config")
+# Recorded only where they are used, so that a corpus begun before there were such settings is the same corpus.
+LATER = ("around", "around_scale", "teacher", "gate")
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings[Generation]:
@@ -55,7 +58,9 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
     """
     made = settings.build()
     folder = Path(made.output)
-    content = {key: value for key, value in settings.asdict().items() if key not in (*INCIDENTAL, "config")}
+    content = recorded(settings, made)
+    if made.device == "cuda" and "LOCAL_RANK" in os.environ:
+        made.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if (folder / "manifest.json").is_file():
         existing = read_manifest(folder)
         check_same(folder, existing["settings"], content)
@@ -73,6 +78,20 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
     run.begin(settings.yaml())
     run.finish(progress) if rank == 0 else run.help()
     return Corpus(folder)
+
+
+def recorded(settings: Settings[Generation], made: Generation) -> dict[str, Any]:
+    """The settings that make the corpus what it is; files in them by their SHA-256."""
+    content = {key: value for key, value in settings.asdict().items() if key not in INCIDENTAL}
+    defaults = {field.name: field.default for field in fields(Generation)}
+    content = {key: value for key, value in content.items() if key not in LATER or value != defaults[key]}
+    if made.around is not None:
+        if not Path(made.around).is_file():
+            raise InputError(f"{made.around}: no such file of latents to draw near")
+        content["around"] = f"sha256 {sha256(made.around)}"
+    if made.teacher is not None:
+        content["teacher_sha256"] = teacher(made.teacher, made.device).source["sha256"]
+    return content
 
 
 def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -97,7 +116,11 @@ class Run:
     def begin(self, settings: str) -> None:
         """Claim the folder, or check that what was begun there is the same corpus."""
         claim = self.blocks.folder / "settings.json"
-        mine = {"settings": self.content, "generator": self.made.generator.provenance(), "versions": versions()}
+        mine = {
+            "settings": self.content,
+            "generator": self.made.generator.provenance(),
+            "versions": versions(self.made),
+        }
         if claim.is_file():
             begun = json.loads(claim.read_text())
             check_same(self.folder, begun["settings"], self.content)
@@ -183,6 +206,8 @@ def write_manifest_and_sheets(
     if made.align is not None:
         used += [a for a in assets.used() if a["name"] == f"dlib-landmarks-{made.align.points}"]
     licences = [{"what": f"generator {type(generator).__name__}", "licence": generator.licence}]
+    if made.teacher is not None:
+        used += [a for a in assets.used() if a["sha256"] == content["teacher_sha256"]]
     licences += [{"what": f"{a['name']} (used, not contained)", "licence": a["licence"]} for a in used]
     manifest = {
         "format": FORMAT,
@@ -200,7 +225,7 @@ def write_manifest_and_sheets(
         "shards": shards,
         "licences": licences,
         "assets": used,
-        "versions": versions(),
+        "versions": versions(made),
     }
     write_sheets(folder, manifest)
     write_manifest(folder, manifest)
@@ -240,7 +265,7 @@ def repair(made: Generation, manifest: dict[str, Any], progress: bool) -> None:
                     )
                     writer.append(rows.filter(inside))
             if writer.shards[number:] != [shard]:
-                now = versions()
+                now = versions(made)
                 changed = [f"{k} {v}, now {now.get(k)}" for k, v in manifest["versions"].items() if now.get(k) != v]
                 raise InputError(
                     f"{folder / shard['name']}: cannot be made again with the same bytes here "
@@ -256,22 +281,22 @@ def workers(made: Generation, world: int = 1) -> int:
     """Processes to start: as the settings say, or this process's share of the cores."""
     if made.workers is not None:
         return made.workers
-    if torch.device(made.device).type != "cpu":
-        return 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local)
 
 
-def versions() -> dict[str, str]:
+def versions(made: Generation) -> dict[str, str]:
     """What the bytes of a corpus depend on besides its settings."""
     found = {"faceless": faceless.__version__, "python": platform.python_version()}
-    for package in ("torch", "kornia", "numpy", "pillow", "pyarrow", "dlib-bin", "dlib"):
+    for package in ("torch", "kornia", "numpy", "pillow", "pyarrow", "dlib-bin", "dlib", *made.generator.packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     found["processor"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if torch.device(made.device).type == "cuda":
+        found["device"] = torch.cuda.get_device_name(made.device)
     return found
 
 

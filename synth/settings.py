@@ -46,6 +46,22 @@ class Alignment:
 
 
 @dataclass
+class Gate:
+    """Floors under the quality of a face, measured on the image that is stored; 0 rejects none.
+
+    Args:
+        min_contrast: standard deviation of the luma, which is 0..255.
+        min_sharpness: variance of the Laplacian of the luma (Pech-Pacheco et al., ICPR 2000); grows with sharpness, and
+            with smaller images of the same face.
+        min_norm: norm of the teacher's embedding before it is normalized; needs ``teacher``.
+    """
+
+    min_contrast: float = 0.0
+    min_sharpness: float = 0.0
+    min_norm: float = 0.0
+
+
+@dataclass
 class Generation:
     """A corpus to be written.
 
@@ -57,14 +73,22 @@ class Generation:
         align: how candidates are cropped and rejected; null keeps them whole and rejects none.
         image_format: ``webp`` and ``png`` are lossless; ``jpeg`` takes a third of the space.
         quality: of jpeg.
-        latent_dtype: latents are rounded to this type before faces are made from them, then stored.
+        latent_dtype: latents are rounded to this type before faces are made from them, then stored; ``none`` stores
+            none, which saves most of the space where the latent is noise of the size of the image.
         shard_rows: faces per parquet file.
         block: candidates per block, the unit of work; changes no face but, with the counts, the manifest.
         batch: latents per pass of the generator; faces that an inverter makes together.
         device: ``cpu``, ``cuda``, or another name of torch's.
-        workers: processes of this machine; null takes one per core (one for a GPU); 0 works inside this process.
+        workers: processes of this machine; null takes one per core; 0 works inside this process. With a GPU, this
+            process draws the faces and the workers cut and encode them.
         min_acceptance: give up when fewer than this part of 4096 or more candidates are accepted.
         repair: write missing and damaged shards of a finished corpus again.
+        around: draw near the latents of this parquet file (column ``latent``, as ``mining/mine.py`` writes it) instead
+            of fresh ones; in proportion to its column ``score`` if it has one.
+        around_scale: how near, the scale of the generator's `perturb`.
+        teacher: source of a recognizer (see `faceless.load`) whose embedding of each face is stored, and the norm of
+            that as its ``quality``.
+        gate: floors under the quality of faces; null measures and rejects nothing.
     """
 
     generator: FaceMaker
@@ -74,7 +98,7 @@ class Generation:
     align: Alignment | None = field(default_factory=Alignment)
     image_format: Literal["png", "jpeg", "webp"] = "webp"
     quality: int = 95
-    latent_dtype: Literal["float32", "float16"] = "float32"
+    latent_dtype: Literal["float32", "float16", "none"] = "float32"
     shard_rows: int = 10_000
     block: int = 256
     batch: int = 32
@@ -82,6 +106,10 @@ class Generation:
     workers: int | None = None
     min_acceptance: float = 0.01
     repair: bool = False
+    around: str | None = None
+    around_scale: float = 0.5
+    teacher: str | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "shard_rows", "block", "batch"):
@@ -93,6 +121,14 @@ class Generation:
             raise InputError(f"workers is {self.workers}; it cannot be negative")
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
+        if not 0 <= self.around_scale < float("inf"):
+            raise InputError(f"around_scale is {self.around_scale}; it must be 0 or more")
+        if self.around is not None and not self.generator.latent_shape:
+            raise InputError(f"around: {type(self.generator).__name__} has no latents to draw near")
+        if self.gate is not None and self.gate.min_norm and self.teacher is None:
+            raise InputError("gate.min_norm needs a teacher; name one")
+        if self.latent_dtype == "float16" and self.generator.identities > 2048:
+            raise InputError("latent_dtype float16 cannot number more than 2048 identities; use float32 or none")
         check_device(self.device)
 
 

@@ -19,12 +19,14 @@ class FaceMaker(nn.Module, ABC):
         face_size: height and width of the faces in pixels.
         licence: of the weights, shown and recorded.
         identities: how many different people its faces show on purpose; 0 where it knows of none.
+        packages: what its faces depend on besides torch; their versions are recorded.
     """
 
     latent_shape: tuple[int, ...] = ()
     face_size: int
     licence: str = "unknown"
     identities: int = 0
+    packages: tuple[str, ...] = ()
 
     @abstractmethod
     def make(self, rng: Rng, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor]:

@@ -207,6 +207,8 @@ class Diffusion(Generator):
         InputError: no such pipeline, one of an unknown kind, damaged or with code in it; an unknown scheduler.
     """
 
+    packages = ("diffusers", "transformers")
+
     def __init__(
         self,
         source: str,

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -127,9 +128,8 @@ def test_interrupted_inside_a_shard_keeps_what_was_done(tmp_path, small):
     from synth import generate as module
 
     made = settings(tmp_path / "half")
-    run = module.Run(
-        made.build(), {k: v for k, v in made.asdict().items() if k not in (*module.INCIDENTAL, "config")}, 0, 1
-    )
+    built = made.build()
+    run = module.Run(built, module.recorded(made, built), 0, 1)
     run.begin(made.yaml())
     with run.pool() as pool:
         for number in range(6):
@@ -137,6 +137,172 @@ def test_interrupted_inside_a_shard_keeps_what_was_done(tmp_path, small):
     (tmp_path / "half" / ".blocks" / "000005.json").write_text("{")  # cut by a power failure on a poor file system
     generate(made, progress=False)
     assert contents(tmp_path / "half") == contents(small)
+
+
+def test_settings_that_came_later_do_not_make_another_corpus(small):
+    """A corpus that was begun before there were these settings is finished, not refused."""
+    recorded = set(json.loads((small / "manifest.json").read_text())["settings"])
+    assert recorded == {
+        "generator", "count", "seed", "align", "image_format", "quality", "latent_dtype", "shard_rows", "block",
+        "batch", "device", "min_acceptance",
+    }  # fmt: skip
+
+
+def test_drawing_apart_from_cutting_gives_the_same_bytes(small, tmp_path):
+    """As with a GPU: this process draws, the workers cut and encode."""
+    from synth import generate as module
+    from synth.blocks import Pool
+
+    class Apart(Pool):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.shared = True
+
+    made = settings(tmp_path / "apart", workers=2)
+    built = made.build()
+    run = module.Run(built, module.recorded(made, built), 0, 1)
+    run.pool = lambda: Apart(built, run.blocks, 2, lambda _: True)
+    run.begin(made.yaml())
+    run.finish(progress=False)
+    assert contents(tmp_path / "apart") == contents(small)
+
+
+def test_one_face_needs_no_more_memory_than_another(tmp_path):
+    """What is held grows with a row group and a block, not with the corpus."""
+    small = SMALL | {"generator": {"class_path": "synth.generators.dcgan.DCGAN", "init_args": {"weights": None}}}
+    small["generator"]["init_args"] |= {"channels": 1, "latent_dim": 512}
+    code = (
+        "import sys, resource, json\n"
+        "from synth.generate import generate, read_settings\n"
+        "generate(read_settings(['--config', sys.argv[1]]), progress=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for count in (600, 3000):
+        settings(tmp_path / str(count), **small | {"count": count, "image_format": "jpeg", "shard_rows": 10_000})
+        line = [sys.executable, "-c", code, str(tmp_path / f"{count}.yaml")]
+        done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    # 2,400 more rows of 512 numbers and an image are about 10 MB.
+    assert peaks[1] - peaks[0] < 8, peaks
+
+
+class TestAround:
+    def mined(self, path, latents, **columns):
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), latents.shape[1])
+        pq.write_table(pa.table({"latent": rows} | columns), path)
+        return str(path)
+
+    def test_new_faces_lie_near_the_mined_ones(self, tmp_path):
+        latents = np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32)
+        path = self.mined(tmp_path / "mined.parquet", latents, score=[0.0, 1.0, 3.0, 0.0, 0.0])
+        corpus = generate(settings(tmp_path / "near", count=400, around=path, around_scale=0.1), progress=False)
+        parents = corpus.column("parent")
+        assert set(parents) == {1, 2} and (parents == 2).mean() == pytest.approx(0.75, abs=0.07)
+        steps = corpus.column("latent") - latents[parents]
+        assert steps.std() == pytest.approx(0.1, rel=0.02) and abs(steps.mean()) < 0.01
+        faces = DCGAN(None, channels=8).synthesize(corpus.latents(range(8)))
+        assert (corpus.images(range(8)) - faces).abs().max() <= 0.51
+        assert "near given ones" in (tmp_path / "near/DATASHEET.md").read_text()
+        # The file is known by what it holds, not by where it lies.
+        moved = str(shutil.copy(path, tmp_path / "elsewhere.parquet"))
+        assert len(generate(settings(tmp_path / "near", count=400, around=moved, around_scale=0.1))) == 400
+        other = self.mined(tmp_path / "other.parquet", latents)
+        with pytest.raises(InputError, match="around"):
+            generate(settings(tmp_path / "near", count=400, around=other, around_scale=0.1))
+
+    def test_without_scores_each_in_turn_and_at_scale_0_the_same(self, tmp_path):
+        latents = np.random.default_rng(0).normal(size=(7, 100)).astype(np.float16)
+        path = self.mined(tmp_path / "mined.parquet", latents)
+        one, two = (
+            generate(settings(tmp_path / name, count=100, around=path, around_scale=0, workers=workers), False)
+            for name, workers in (("one", 0), ("two", 2))
+        )
+        assert one.column("parent").tolist() == [i % 7 for i in range(100)]
+        assert np.array_equal(one.column("latent"), latents.astype(np.float32)[one.column("parent")])
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        broken = next((tmp_path / "one/data").iterdir())
+        broken.unlink()
+        generate(settings(tmp_path / "one", count=100, around=path, around_scale=0, repair=True), False)
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        assert two.columns[-1] == "parent"
+
+    def test_files_that_do_not_fit_are_one_line(self, tmp_path):
+        latents = np.ones((3, 100), np.float32)
+        nan = latents.copy()
+        nan[1, 1] = np.nan
+        (tmp_path / "text.parquet").write_text("x")
+        pq.write_table(pa.table({"face": [1]}), tmp_path / "none.parquet")
+        for path, line in (
+            (tmp_path / "missing.parquet", "no such file"),
+            (tmp_path / "text.parquet", "not readable as parquet"),
+            (tmp_path / "none.parquet", "its columns are face"),
+            (self.mined(tmp_path / "short.parquet", latents[:, :99]), "does not hold 100 finite numbers"),
+            (self.mined(tmp_path / "nan.parquet", nan), "does not hold 100 finite numbers"),
+            (self.mined(tmp_path / "minus.parquet", latents, score=[1.0, -1.0, 0.0]), "negative"),
+            (self.mined(tmp_path / "zero.parquet", latents, score=[0.0, 0.0, 0.0]), "only zeros"),
+        ):
+            with pytest.raises(InputError, match=line) as caught:
+                generate(settings(tmp_path / "bad", count=10, around=str(path)), progress=False)
+            assert "\n" not in str(caught.value)
+            shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+
+
+def test_latents_need_not_be_stored(small, tmp_path):
+    corpus = generate(settings(tmp_path / "none", count=20, latent_dtype="none"), progress=False)
+    assert "latent" not in corpus.columns
+    assert torch.equal(corpus.images(range(20)), Corpus(small).images(range(20)))
+    with pytest.raises(InputError, match="holds no latents"):
+        corpus.latents([0])
+
+
+def test_what_the_teacher_sees_is_stored_and_sorted_out_by(tmp_path):
+    import faceless
+
+    teacher = faceless.create("slimresnet", embedding_dim=16, input_size=32)
+    faceless.save(teacher, tmp_path / "teacher")
+    free = generate(settings(tmp_path / "free", count=64, teacher=str(tmp_path / "teacher")), progress=False)
+    teacher.eval()
+    with torch.inference_mode():
+        expected = teacher(free.images(range(64))).embedding
+    embedding, quality = free.column("embedding"), free.column("quality")
+    assert np.allclose(embedding, expected.numpy(), atol=1e-4)
+    assert np.allclose(quality, np.linalg.norm(embedding, axis=1), rtol=1e-5)
+    # Floors: measured by SciPy on the pictures themselves.
+    ndimage = pytest.importorskip("scipy.ndimage")
+    luma = free.images(range(64)).permute(0, 2, 3, 1).numpy() @ np.float64([0.299, 0.587, 0.114])
+    sharp = np.array([ndimage.laplace(face)[1:-1, 1:-1].var() for face in luma])
+    contrast = luma.std(axis=(1, 2))
+    floors = {
+        "min_contrast": float(np.quantile(contrast, 0.2)),
+        "min_sharpness": float(np.quantile(sharp, 0.3)),
+        "min_norm": float(np.quantile(quality, 0.25)),
+    }
+    passed = (contrast >= floors["min_contrast"]) & (sharp >= floors["min_sharpness"]) & (quality >= floors["min_norm"])
+    gated = generate(
+        settings(tmp_path / "gated", count=int(passed.sum()), teacher=str(tmp_path / "teacher"), gate=floors), False
+    )
+    assert gated.column("index").tolist() == np.flatnonzero(passed).tolist()
+    assert np.allclose(gated.column("contrast"), contrast[passed], rtol=1e-4)
+    assert np.allclose(gated.column("sharpness"), sharp[passed], rtol=1e-4)
+    rejected = gated.manifest["counts"]["rejected"]
+    assert sum(rejected.values()) == 64 - passed.sum() and len(rejected) == 3
+    sheet = (tmp_path / "gated/DATASHEET.md").read_text()
+    assert "too blurred" in sheet and gated.manifest["settings"]["teacher_sha256"] in sheet
+    with pytest.raises(InputError, match="min_norm needs a teacher"):
+        generate(settings(tmp_path / "bad", gate={"min_norm": 1.0}), progress=False)
+
+
+def test_hugging_face_datasets_stream_it(small, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(small / "data/*.parquet"), split="train", streaming=True
+    ).skip(298)
+    corpus = Corpus(small)
+    for number, row in zip(range(298, 303), rows):
+        assert row["index"] == number
+        assert np.array_equal(np.asarray(row["image"]), corpus.images([number])[0].permute(1, 2, 0).numpy())
 
 
 def test_hugging_face_datasets_read_it(small, tmp_path, monkeypatch):

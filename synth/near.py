@@ -1,0 +1,95 @@
+"""Latents to draw new faces near: those that mining found worth it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from faceless.errors import InputError
+from faceless.files import atomic_path
+from faceless.randomness import Rng
+from synth.settings import Generation
+
+LATENTS, SHARES = "around.npy", "around_shares.npy"
+
+
+@dataclass
+class Near:
+    """Latents in a memory-mapped file, so that all workers share them and memory holds one batch.
+
+    Attributes:
+        latents: ``[n, D]`` float32.
+        shares: ``[n]`` float64, rising to 1: the part of the draws that goes to each latent and those before it. None
+            takes each in turn.
+    """
+
+    latents: np.ndarray
+    shares: np.ndarray | None
+
+    def pick(self, rng: Rng, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Rows ``[b]`` for the samples of ``rng``, and their latents ``[b, *shape]``."""
+        if self.shares is None:
+            rows = rng.indices.numpy() % len(self.latents)
+        else:
+            rows = np.searchsorted(self.shares, rng.uniform(1)[:, 0].double().numpy(), side="right")
+        return torch.from_numpy(rows), torch.from_numpy(self.latents[rows]).view(-1, *shape)
+
+
+def near(made: Generation, folder: Path) -> Near | None:
+    """What `unpack` left in a folder."""
+    if made.around is None:
+        return None
+    shares = folder / SHARES
+    return Near(np.load(folder / LATENTS, mmap_mode="r"), np.load(shares, mmap_mode="r") if shares.is_file() else None)
+
+
+def unpack(made: Generation, folder: Path) -> None:
+    """Copy the latents of ``made.around`` to a folder, row by row, as plain numbers.
+
+    Raises:
+        InputError: no such file, or it does not hold latents of the generator's size.
+    """
+    if made.around is None or (folder / LATENTS).is_file():
+        return
+    path, size = Path(made.around), math.prod(made.generator.latent_shape)
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+        names, count = file.schema_arrow.names, file.metadata.num_rows
+        if "latent" not in names or not count:
+            raise InputError(f"{path}: no latents to draw near; its columns are {', '.join(names)}, its rows {count}")
+        scores: list[np.ndarray] = []
+        with atomic_path(folder / LATENTS) as target:
+            out = np.lib.format.open_memmap(target, "w+", np.float32, (count, size))
+            done = 0
+            for batch in file.iter_batches(1024, columns=[name for name in ("latent", "score") if name in names]):
+                lists = batch.column("latent")
+                values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                if lists.null_count or len(values) != len(lists) * size or not np.isfinite(values).all():
+                    raise InputError(
+                        f"{path}: column latent does not hold {size} finite numbers in each row, as "
+                        f"{type(made.generator).__name__} takes"
+                    )
+                out[done : done + len(lists)] = values.reshape(len(lists), size)
+                done += len(lists)
+                if "score" in names:
+                    scores.append(batch.column("score").to_numpy(zero_copy_only=False).astype(np.float64))
+            out.flush()
+            # Before the latents take their place: they say that all is there.
+            if scores:
+                score = np.concatenate(scores)
+                if not np.isfinite(score).all() or score.min() < 0 or not score.sum() > 0:
+                    raise InputError(f"{path}: column score holds negative or missing numbers, or only zeros")
+                shares = np.cumsum(score)
+                with atomic_path(folder / SHARES) as beside:
+                    np.save(beside, shares / shares[-1])
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file of latents to draw near") from error
+    except (pa.ArrowException, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not readable as parquet with a column latent of lists of numbers") from error
