@@ -84,6 +84,8 @@ def unpack(made: Generation, folder: Path) -> None:
             # Before the latents take their place: they say that all is there.
             if scores:
                 score = np.concatenate(scores)
+                # One minus a cosine of 1 may come out a little below 0.
+                score[(score < 0) & (score > -1e-5)] = 0
                 if not np.isfinite(score).all() or score.min() < 0 or not score.sum() > 0:
                     raise InputError(f"{path}: column score holds negative or missing numbers, or only zeros")
                 shares = np.cumsum(score)

@@ -581,7 +581,7 @@ def _library(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise InputError(f"{name} is not installed; a pipeline with a prompt needs it: pip install {name}") from error
+        raise InputError(f"{name} is not installed; install faceless-distill[text], or give no prompt") from error
 
 
 @contextmanager
