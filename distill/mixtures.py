@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.sources import Batch, Place, Rows, Source
 from faceless.errors import InputError
 from faceless.randomness import Rng
-from faceless.recognizer import Output, resize
+from faceless.recognizer import Output, Recognizer, resize
 
 
 @dataclass
@@ -130,7 +130,8 @@ class MixtureSource(Source):
             before = int((whose[: share.start] == number).sum())
             self.where[name] = (whose[share] == number).nonzero().squeeze(1)
             piece = slice(before, before + len(self.where[name]))
-            if piece.start == piece.stop:
+            # Looked at for all processes in each, so that none waits for one that gave up.
+            if not all((own == number).any() for own in whose.split(share.stop - share.start)):
                 raise InputError(
                     f"{name}: {counts[name]} faces of a batch cannot be split over {place.processes} processes; "
                     "raise batch_size or its share"
@@ -195,6 +196,10 @@ class MixtureSource(Source):
         device = self.place.device
         mixed = torch.cat([x.to(device, torch.float32, non_blocking=True) for x in faces.values()])
         return mixed[self.order.to(device)]
+
+    def watch(self, teacher: Recognizer, student: Recognizer) -> None:
+        for source in self.everyone.values():
+            source.watch(teacher, student)
 
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
         assert isinstance(batch, MixedBatch)

@@ -61,7 +61,6 @@ def train(settings: Settings[Run]) -> Path:
 
     if main_process:
         run.source.write()
-        atomic_write(output / "settings.yaml", settings.yaml())
     accelerator.wait_for_everyone()
     place = Place(
         run.seed,
@@ -78,11 +77,14 @@ def train(settings: Settings[Run]) -> Path:
 
     teacher = make_teacher(run, teacher_net, objective, accelerator)
     identify(run, teacher, objective, accelerator)
+    if main_process:  # only now: what was refused so far leaves no run behind
+        atomic_write(output / "settings.yaml", settings.yaml())
     student = globalize(student.to(device).to(memory_format=torch.channels_last), device)
     objective.to(device)
     objective.watch(student.parameters())
     average = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = make_optimizer(run.optimizer, [student, objective], objective.tables())
+    run.source.watch(teacher_net, student)
     validator = Validator(run.validation, run.source.held_out(), teacher, objective, device)
 
     checkpoints = Checkpoints(output / "checkpoints", run.keep_checkpoints)

@@ -338,9 +338,15 @@ def report(grid: Grid) -> None:
     print(f"\n{text}\n{output / 'table.md'}")
 
 
+def read_grid(arguments: Sequence[str] | None = None) -> Grid:
+    """The grid of a command line; the components that its options name stay names."""
+    plain = parse(Grid, arguments, program="scripts/ablate.py", description=__doc__ or "").asdict()
+    return Grid(**(plain | {"confirm": Confirm(**plain["confirm"]) if plain["confirm"] else None}))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of this process."""
-    grid: Grid = parse(Grid, arguments, program="scripts/ablate.py", description=__doc__ or "").build()
+    grid = read_grid(arguments)
     # Whatever is wrong with any cell shows here, before the first is trained.
     for cell, seed in itertools.product(cells(grid), grid.seeds):
         write(grid, cell, seed)

@@ -11,6 +11,8 @@ from torch import multiprocessing
 from distill.gather import gather
 from distill.losses.embedding import Centering
 from distill.memory import EmbeddingMemory
+from distill.objective import Adaptive, Objective
+from faceless.recognizer import Output
 from tests.distill.every_loss import EVERY, HEADS, OF_PAIRS, faces, value
 
 STEPS = 4
@@ -39,6 +41,22 @@ def run(name: str, split: list[int] | None, rank: int = 0):
     return torch.stack(rows), loss.state_dict()
 
 
+def adapted(split: list[int] | None, rank: int = 0) -> dict[str, float]:
+    """Weights that followed the gradients of a term of single faces, one of labels and one of pairs."""
+    losses = {name: EVERY[name](6).double() for name in ("cosine", "cosface", "rkd-distance")}
+    weights = dict.fromkeys(losses, 1.0)
+    objective = Objective(losses, weights, student_dim=6, teacher_dim=6, adaptive=Adaptive(every=2)).double()
+    weight = torch.nn.Parameter(torch.eye(6, dtype=torch.float64))
+    objective.watch([weight])
+    for step in range(STEPS):
+        S, T, labels = faces(8, 6, step, torch.float64)
+        if split is not None:
+            start = sum(split[:rank])
+            S, T, labels = (x[start : start + split[rank]] for x in (S, T, labels))
+        objective(Output(S @ weight), Output(T), labels)
+    return objective.weights_now()
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -55,7 +73,8 @@ def work(rank: int, port: int, folder: str) -> None:
     center.update(T[:5] if rank == 0 else T[5:])
     labels = gather(torch.arange(rank + 1))
 
-    torch.save((found, uneven, empty, memory.valid(), center.mean, labels), f"{folder}/{rank}.pt")
+    state = (found, uneven, empty, memory.valid(), center.mean, labels, adapted([4, 4], rank))
+    torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -101,3 +120,10 @@ def test_centering_and_gather_see_all_processes(ranks):
     for rank in ranks:
         torch.testing.assert_close(rank[4], T.mean(0))
         assert rank[5].tolist() == [0, 0, 1]
+
+
+def test_weights_follow_the_gradient_of_all_processes_together(ranks):
+    expected = adapted(None)
+    assert max(expected.values()) > 1.1 * min(expected.values())
+    for rank in ranks:
+        assert rank[6] == pytest.approx(expected, rel=1e-6)

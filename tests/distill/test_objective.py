@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import faceless
+from distill.losses.adaptive_centers import FrozenCenters
 from distill.losses.base import Loss
 from distill.losses.contrastive import QUD
 from distill.losses.embedding import CosineEmbedding, FeatureL2
 from distill.losses.features import Hint
-from distill.losses.logits import LogitKD
-from distill.objective import Objective
+from distill.losses.logits import CrossEntropy, LogitKD
+from distill.objective import Adaptive, Classifier, GradientBalance, Objective
 from faceless.errors import InputError
 from faceless.recognizer import Output
 
@@ -97,3 +98,121 @@ def test_what_a_loss_cannot_get_is_said_before_the_run(loss: Callable[[], Loss],
     objective = Objective({"x": loss()}, {"x": 1.0}, student_dim=8, teacher_dim=8)
     with pytest.raises(InputError, match=named):
         objective.probe(*networks())
+
+
+def balanced(rule: str = "matched", **settings: object) -> tuple[Objective, torch.nn.Parameter, Output, torch.Tensor]:
+    """Three terms of a student of one shared matrix; the class centers belong to one term alone."""
+    torch.manual_seed(0)
+    losses = {"kd": LogitKD(), "l2": FeatureL2(), "ce": CrossEntropy()}
+    objective = Objective(
+        losses,
+        {"kd": 0.5, "l2": 0.25, "ce": 0.25},
+        student_dim=8,
+        teacher_dim=8,
+        adaptive=Adaptive(rule=rule, **settings),
+        classifier=Classifier(scale=10.0),
+    ).double()
+    objective.prime(torch.randn(6, 8).double())
+    weight = torch.nn.Parameter(torch.randn(8, 8).double())
+    objective.watch([weight])
+    return objective, weight, Output(torch.randn(5, 8).double()), torch.tensor([0, 1, 1, 5, -1])
+
+
+def norms(objective: Objective, weight: torch.nn.Parameter, teacher: Output, labels: torch.Tensor) -> dict[str, float]:
+    """Norm of each term's own gradient, one backward pass each."""
+    found = {}
+    student, seen = objective.scores.of_student(Output(faces() @ weight)), objective.scores.of_teacher(teacher)
+    for name, loss in objective.losses.items():
+        (gradient,) = torch.autograd.grad(loss(student, seen, labels), weight, retain_graph=True)
+        found[name] = float(gradient.norm())
+    return found
+
+
+def faces() -> torch.Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def test_matched_weights_give_each_term_its_share_of_the_gradient() -> None:
+    objective, weight, teacher, labels = balanced(lowest=0.0, highest=1.0)
+    sizes = norms(objective, weight, teacher, labels)
+    assert max(sizes.values()) > 2 * min(sizes.values()), "nothing to balance"
+    assert objective.weights_now() == {"kd": 0.5, "l2": 0.25, "ce": 0.25}
+    loss, terms = objective(Output(faces() @ weight), teacher, labels)
+    weights = objective.weights_now()
+    assert sum(weights.values()) == pytest.approx(1.0)
+    pulls = {name: weights[name] * sizes[name] for name in weights}
+    assert pulls["kd"] == pytest.approx(2 * pulls["l2"], rel=1e-6)
+    assert pulls["ce"] == pytest.approx(pulls["l2"], rel=1e-6)
+    assert loss.item() == pytest.approx(sum(weights[name] * float(terms[name]) for name in weights), rel=1e-9)
+    # Weights are constants, and the graph still stands.
+    loss.backward()
+    assert weight.grad is not None and objective.scores.students.grad is not None
+
+
+def test_literal_weights_swap_two_norms_as_the_published_algorithm_does() -> None:
+    objective, weight, teacher, labels = balanced("literal", lowest=0.0, highest=1.0)
+    g = norms(objective, weight, teacher, labels)
+    objective(Output(faces() @ weight), teacher, labels)
+    wanted = {"kd": 0.5 / g["ce"], "l2": 0.25 / g["l2"], "ce": 0.25 / g["kd"]}
+    for name, found in objective.weights_now().items():
+        assert found == pytest.approx(wanted[name] / sum(wanted.values()), rel=1e-6)
+
+
+def test_weights_are_bounded_refreshed_on_their_cadence_and_survive_a_checkpoint() -> None:
+    objective, weight, teacher, labels = balanced(every=3, momentum=0.5)
+    seen = []
+    for step in range(7):
+        objective(Output((1 + step) * faces() @ weight), teacher, labels)
+        seen.append(objective.weights_now())
+        assert all(0.045 < share < 0.91 for share in seen[-1].values())
+    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5] != seen[6]
+    again, _, _, _ = balanced(every=3, momentum=0.5)
+    again.watch([weight])
+    again.load_state_dict(objective.state_dict())
+    assert again.weights_now() == seen[-1]
+    for step in (8, 9, 10):
+        for one in (objective, again):
+            one(Output(step * faces() @ weight), teacher, labels)
+        assert again.weights_now() == objective.weights_now()
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    objective, weight, teacher, labels = balanced(every=1)
+    objective(Output(faces() @ weight), teacher, labels)
+    before = objective.weights_now()
+    objective(Output(faces() @ weight * torch.nan), teacher, labels)
+    assert objective.weights_now() == before
+
+
+def test_weights_do_not_adapt_where_they_cannot() -> None:
+    pair, weights = {"a": CosineEmbedding(), "b": FeatureL2()}, {"a": 1.0, "b": 1.0}
+    with pytest.raises(InputError, match="two losses or more"):
+        GradientBalance(Adaptive(), {"a": CosineEmbedding()}, {"a": 1.0})
+    with pytest.raises(InputError, match="one CrossEntropy with one LogitKD"):
+        GradientBalance(Adaptive(rule="literal"), pair, weights)
+    with pytest.raises(InputError, match="must rise within"):
+        Adaptive(lowest=0.9)
+    objective = Objective(pair, weights, student_dim=8, teacher_dim=8, adaptive=Adaptive())
+    objective.watch([torch.nn.Parameter(torch.zeros(3))])
+    student, teacher = outputs()
+    with pytest.raises(InputError, match="share no parameter"):
+        objective(Output(student.embedding.requires_grad_()), teacher)
+
+
+def test_class_centers_reach_all_that_want_them() -> None:
+    losses = {"kd": LogitKD(), "frozen": FrozenCenters(embedding_dim=8, classes=4)}
+    objective = Objective(losses, {"kd": 1.0, "frozen": 1.0}, student_dim=8, teacher_dim=8, classifier=Classifier())
+    assert objective.needs_centers and objective.needs_labels == ["frozen"]
+    objective.probe(*networks())  # with stand-ins, before any center is known
+    centers = torch.randn(4, 8)
+    objective.prime(centers)
+    torch.testing.assert_close(losses["frozen"].centers, centers)
+    student, teacher = outputs()
+    _, terms = objective(student, teacher, torch.tensor([0, 1, 2, 3, 3]))
+    unit = F.normalize(centers)
+    z_s, z_t = (64 * F.normalize(x.embedding) @ unit.T / 4 for x in (student, teacher))
+    expected = 16 * F.kl_div(z_s.log_softmax(1), z_t.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(terms["kd"], expected)
+    assert [p.shape for p in objective.tables()] == [(4, 8)]
+    with pytest.raises(InputError, match=r"losses\.frozen is for 4 classes, and the faces have 5"):
+        objective.prime(torch.randn(5, 8))

@@ -10,6 +10,7 @@ import torch
 import faceless
 from distill import teachers
 from distill.augment import Augment
+from distill.losses.adaptive_centers import class_centers
 from distill.sources import FolderSource, Place
 from distill.teachers import CachedTeacher, FrozenTeacher
 from faceless.errors import InputError
@@ -107,3 +108,45 @@ def test_a_teacher_of_plain_faces_answers_once_for_all_views(source: FolderSourc
         batch = source.batch(step)
         truth = asked.see(batch.images).embedding
         torch.testing.assert_close(teacher(batch.images, batch).embedding, truth, atol=1e-4, rtol=1e-4)
+
+
+def test_features_lie_beside_the_embeddings_which_runs_without_them_share(source: FolderSource, tmp_path: Path) -> None:
+    plain = cached(source, tmp_path)
+    plain.fill(0, 1, torch.device("cpu"), list)
+    before = {path: path.stat().st_mtime_ns for path in plain.folder.rglob("*.npy")}
+    layers = ("stages.0", "stages.1")
+    teacher = CachedTeacher(net(), None, folder=tmp_path, source=source, augment=Augment(), seed=3, features=layers)
+    assert teacher.folder == plain.folder and teacher.missing()
+    teacher.fill(0, 1, torch.device("cpu"), list)
+    assert not teacher.missing()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    asked = FrozenTeacher(net(), None, layers)
+    for step in (0, 4):
+        batch = source.batch(step)
+        images = Augment()(batch.images, batch.rng)
+        found, truth = teacher(images, batch), asked(images, batch)
+        for layer in layers:
+            torch.testing.assert_close(found.features[layer], truth.features[layer], atol=1e-4, rtol=1e-4)
+    path = teacher.path(0, 0, "stages.1")
+    path.write_bytes(path.read_bytes()[:200])
+    teacher._open.clear()
+    with pytest.raises(InputError, match="damaged teacher cache"):
+        teacher(torch.zeros(4, 3, 32, 32), source.batch(0))
+
+
+def test_class_centers_are_the_mean_unit_embeddings_of_all_views(
+    source: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "PART", 5)
+    teacher = cached(source, tmp_path)
+    teacher.fill(0, 1, torch.device("cpu"), list)
+    labels = torch.tensor([0, 1, 1, -1, 3, 0, 0, 1, 3, 3, -1, 0])
+    mean, rows = teacher.mean(), torch.arange(12)
+    asked, found = FrozenTeacher(net()), []
+    for view in range(2):
+        images = Augment()(source.faces(rows), source.augmentation(rows, view))
+        found.append(asked.see(images).embedding - mean)
+    torch.testing.assert_close(teacher.embeddings() - mean, found[0], atol=1e-4, rtol=1e-4)
+    expected = class_centers(torch.cat(found), labels.repeat(2), 4)
+    torch.testing.assert_close(teacher.class_centers(labels, 4, mean), expected, atol=1e-4, rtol=1e-4)
+    assert (teacher.class_centers(labels, 4)[2] == 0).all()

@@ -19,6 +19,7 @@ import yaml
 import faceless
 from distill.train import main
 from faceless.errors import command
+from tests.distill.test_sources import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = {
@@ -320,3 +321,127 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_che
         state = torch.load(path, weights_only=True)
         assert state["step"] <= 10
         assert all(bool(v.isfinite().all()) for v in state["student"].values() if v.is_floating_point())
+
+
+def test_afl_kd_on_pseudo_identities_with_cached_features(tmp_path: Path, teacher: Path) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    settings = yaml.safe_load(path.read_text())
+    families = "distill.losses"
+    layers = {"student_layers": ["stages.0", "stages.1"], "teacher_layers": ["stages.0", "stages.1"]}
+    settings["losses"] = {
+        "classes": {"loss": {"class_path": f"{families}.logits.CrossEntropy"}},
+        "scores": {"loss": {"class_path": f"{families}.logits.LogitKD"}},
+        "features": {"loss": {"class_path": f"{families}.features.Hints", "init_args": layers}},
+        "centers": {
+            "loss": {
+                "class_path": f"{families}.adaptive_centers.FrozenCenters",
+                "init_args": {"embedding_dim": 16, "classes": 6, "negatives": 3},
+            }
+        },
+    }
+    settings |= {
+        "pseudo_identities": 6,
+        "classifier": {"scale": 16.0},
+        "adaptive": {"every": 4, "lowest": 0.0, "highest": 1.0},
+        "teacher_cache": str(tmp_path / "cache"),
+        "optimizer": {"name": "muon", "lr": 0.02, "warmup": 3},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    main(["--config", str(path)])
+    logged = [entry for entry in lines(tmp_path / "run") if "loss" in entry]
+    weights = [entry["weights"] for entry in logged]
+    assert all(sum(w.values()) == pytest.approx(4.0) for w in weights)
+    assert weights[0] == weights[3] != weights[4]
+    assert logged[-1]["terms"]["classes"] < logged[0]["terms"]["classes"]
+    assert len(list((tmp_path / "cache").rglob("feature-stages.?/*/*.npy"))) == 4
+    # Stopped after a checkpoint, it goes on to the same bytes.
+    whole = student_bytes(tmp_path / "run")
+    for newer in sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[1:]:
+        newer.unlink()
+    main(["--config", str(path)])
+    assert student_bytes(tmp_path / "run") == whole
+
+
+def mixed_recipe(folder_: Path, teacher: Path, **changes: Any) -> Path:
+    faces = folder_ / "people"
+    if not faces.exists():
+        folder(faces, people=6, images=4)
+    path = corpus_recipe(folder_, teacher)
+    settings = yaml.safe_load(path.read_text())
+    real = {"path": str(faces), "people": "1-3", "size": 32, "aligned": True, "views": 1}
+    drawn = settings["source"]
+    settings["source"] = {
+        "class_path": "distill.mixtures.MixtureSource",
+        "init_args": {
+            "held_out": "drawn",
+            "size": 32,
+            "parts": {
+                "drawn": {"share": 3, "source": drawn},
+                "real": {"share": 1, "source": {"class_path": "distill.sources.FolderSource", "init_args": real}},
+            },
+        },
+    }
+    settings["verification"] = {"benchmark": str(faces), "people": ["4-6"], "bootstrap": 20}
+    path.write_text(yaml.safe_dump(settings | changes))
+    return path
+
+
+def test_a_mixture_with_real_faces_says_so_everywhere_and_verifies_on_other_people(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = mixed_recipe(tmp_path, teacher)
+    main(["--config", str(path), "--teacher_cache", str(tmp_path / "cache")])
+    assert "REAL FACES" in capsys.readouterr().out
+    run = tmp_path / "run"
+    record = json.loads((run / "provenance.json").read_text())
+    assert record["real_faces_in_training"] is True
+    assert record["split"] == {"trained_on": ["p0", "p1", "p2"], "verified_on": ["4-6"]}
+    parts = {source["part"]: source for source in record["sources"]}
+    assert parts["real"]["faces_per_batch"] == 2 and parts["real"]["people"] == "1-3" and parts["real"]["faces"] == 12
+    assert parts["drawn"]["faces_per_batch"] == 6 and parts["drawn"]["real_faces"] is False
+    config = json.loads((run / "student" / "config.json").read_text())["record"]
+    assert config["real_faces_in_training"] and config["training_faces"]["parts"] == {"drawn": 0.75, "real": 0.25}
+    subsets = json.loads((run / "verification.json").read_text())["subsets"]
+    assert list(subsets) == ["4-6"] and subsets["4-6"][0]["people"] == 3
+    # The same, asking the teacher at every step, but for the mean.
+    main(["--config", str(path), "--output", str(tmp_path / "a"), "--center", "false"])
+    cached = ["--teacher_cache", str(tmp_path / "cache")]
+    main(["--config", str(path), "--output", str(tmp_path / "b"), "--center", "false", *cached])
+    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_verifying_on_people_who_were_trained_on_is_refused(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people = str(tmp_path / "people")
+    for subset, named in ((["3-6"], "person 3"), ([], "set verification.people")):
+        path = mixed_recipe(tmp_path, teacher, verification={"benchmark": people, "people": subset})
+        with pytest.raises(SystemExit):
+            command(main)(["--config", str(path)])
+        assert named in capsys.readouterr().err
+
+
+def test_labels_that_do_not_fit_are_named_before_the_run(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = {"class_path": "distill.losses.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 4}}
+    frozen = {"class_path": "distill.losses.adaptive_centers.FrozenCenters", "init_args": head["init_args"]}
+    cache = ["--teacher_cache", str(tmp_path / "cache")]
+    for loss, arguments, named in (
+        (head, [], "losses.head needs labels"),
+        (head, ["--pseudo_identities", "6"], "needs teacher_cache"),
+        (head, ["--pseudo_identities", "6", *cache], "losses.head is for 4 classes, and the faces have 6 identities"),
+        (frozen, cache, "losses.head needs labels"),
+    ):
+        path = corpus_recipe(tmp_path, teacher)
+        settings = yaml.safe_load(path.read_text()) | {"losses": {"head": {"loss": loss}}}
+        path.write_text(yaml.safe_dump(settings))
+        with pytest.raises(SystemExit):
+            command(main)(["--config", str(path), *arguments])
+        assert named in capsys.readouterr().err
+    path = recipe(tmp_path, teacher)
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path), "--pseudo_identities", "6", *cache])
+    assert "OnlineSource is none" in capsys.readouterr().err

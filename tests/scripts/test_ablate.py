@@ -1,0 +1,146 @@
+"""Grids: every cell is trained once, is resumed, and ends in one table whose numbers are those of the runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from distill.settings import Run
+from faceless.errors import InputError
+from faceless.settings import ROOT, parse
+from tests.distill.test_sources import folder
+from tests.distill.test_train import recipe, teacher  # noqa: F401
+
+spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
+assert spec is not None and spec.loader is not None
+ablate = importlib.util.module_from_spec(spec)
+sys.modules["ablate"] = ablate  # where dataclasses look up their annotations
+spec.loader.exec_module(ablate)
+
+GRIDS = sorted((ROOT / "scripts" / "grids").glob("*.yaml"))
+
+
+def scores(run: Path, eer: float, cosine: float) -> None:
+    """What a finished run leaves of what the table reads."""
+    run.mkdir(parents=True)
+    row = {"label": "student", "eer": eer, "rank1": 1 - eer, "tar_at_far": {"1e-2": 0.9, "1e-3": 0.8}}
+    row["intervals"] = {"eer": [eer - 0.01, eer + 0.01], "rank1": [0.5, 1.0], "tar_at_far": {"1e-2": [0.8, 1.0]}}
+    best = row | {"label": "teacher", "eer": 0.001}
+    (run / "verification.json").write_text(json.dumps({"subsets": {"21-40": [best, row]}}))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "validation": {"cosine": cosine}}) + "\n")
+    (run / "report.html").write_text("<html>")
+
+
+def grid(tmp_path: Path, **changes: object) -> ablate.Grid:
+    options = {"cosine": {}, "qud": {"recipe": "distill/recipes/qud.yaml"}, "iled": {"seed": 5}}
+    axes = {"method": options, "steps": {"short": {"steps": 5}, "long": {"optimizer.lr": 0.5}}}
+    settings = {"base": "distill/recipes/cosine.yaml", "axes": axes, "output": str(tmp_path / "grid")}
+    return ablate.Grid(**(settings | changes))
+
+
+def test_a_cell_is_the_base_with_its_options(tmp_path: Path) -> None:
+    made = parse(Run, ["--config", str(ablate.write(grid(tmp_path), ("qud", "long"), 3))]).asdict()
+    base = parse(Run, ["--config", "distill/recipes/cosine.yaml"]).asdict()
+    qud = parse(Run, ["--config", "distill/recipes/qud.yaml"]).asdict()
+    assert made["losses"] == qud["losses"]
+    assert made["seed"] == 3 and made["optimizer"]["lr"] == 0.5 and made["output"].endswith("qud/long/seed-3")
+    differing = {key for key in base if made[key] != base[key]}
+    assert differing == {"losses", "seed", "optimizer", "output"}
+
+
+def test_the_table_holds_mean_interval_and_n(tmp_path: Path) -> None:
+    made = grid(tmp_path, seeds=[0, 1, 2])
+    found = {"cosine": [0.10, 0.12, 0.17], "qud": [0.2], "iled": []}
+    for method, rates in found.items():
+        for seed, rate in enumerate(rates):
+            scores(ablate.folder(made, (method, "short"), seed), rate, 0.5)
+    rows = {tuple(row["cell"]): row for row in ablate.collect(made)}
+    assert set(rows) == {("cosine", "short"), ("qud", "short")}
+    several = rows["cosine", "short"]["EER"]
+    half = stats.t.ppf(0.975, 2) * stats.sem(found["cosine"])
+    assert several["n"] == 3 and several["mean"] == pytest.approx(statistics.fmean(found["cosine"]))
+    assert several["interval"] == pytest.approx([several["mean"] - half, several["mean"] + half], rel=1e-3)
+    assert rows["qud", "short"]["EER"] == {"mean": 0.2, "interval": [0.2 - 0.01, 0.2 + 0.01], "n": 1, "values": [0.2]}
+    ablate.report(made)
+    text = (tmp_path / "grid" / "table.md").read_text().splitlines()
+    assert text[2].startswith("| cosine | short | 13.00 (4.04 to 21.96) |") and text[3].startswith(
+        "| qud | short | 20.00"
+    )
+    assert text[4].startswith("| teacher |  | 0.10 |")
+    assert "cosine" in (tmp_path / "grid" / "EER.svg").read_text()
+    assert (tmp_path / "grid" / "TAR-1e-2.svg").exists()
+
+
+def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> None:
+    confirm = ablate.Confirm(seeds=[1, 2], within=0.01, always=["cosine"])
+    made = grid(tmp_path, confirm=confirm)
+    for method, steps, rate in (
+        ("cosine", "short", 0.3),
+        ("qud", "short", 0.1),
+        ("iled", "short", 0.109),
+        ("iled", "long", 0.2),
+    ):
+        scores(ablate.folder(made, (method, steps), 0), rate, 0.5)
+    chosen = ablate.to_confirm(made, ablate.collect(made))
+    assert chosen == [("cosine", "short"), ("qud", "short"), ("iled", "short")]
+
+
+def test_a_grid_is_trained_once_and_resumed(tmp_path: Path, teacher: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    faces = folder(tmp_path / "people", people=4, images=3)
+    base = recipe(
+        tmp_path, teacher, steps=4, verification={"benchmark": str(faces), "people": ["3-4"], "bootstrap": 10}
+    )
+    axes = {"losses": {"both": {}, "one": {"losses": {"only": yaml.safe_load(base.read_text())["losses"]["cosine"]}}}}
+    settings = {"base": str(base), "axes": axes, "output": str(tmp_path / "grid"), "people": "3-4"}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(settings | {"launch": "--cpu --num_processes 1"}))
+    ablate.main(["--config", str(path)])
+    table = (tmp_path / "grid" / "table.md").read_text()
+    assert "| both |" in table and "| one |" in table
+    run = tmp_path / "grid" / "one" / "seed-0"
+    terms = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["terms"]
+    assert list(terms) == ["only"]
+    before = (run / "report.html").stat().st_mtime_ns
+    (tmp_path / "grid" / "both" / "seed-0" / "report.html").unlink()
+    capfd.readouterr()
+    ablate.main(["--config", str(path)])
+    out = capfd.readouterr().out
+    assert "== both seed 0" in out and "== one seed 0" not in out
+    assert (run / "report.html").stat().st_mtime_ns == before
+    assert (tmp_path / "grid" / "table.md").read_text() == table
+
+
+def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stepz"):
+        ablate.write(grid(tmp_path, common={"stepz": 3}), ("cosine", "short"), 0)
+    with pytest.raises(InputError, match="no name of a folder"):
+        grid(tmp_path, axes={"method": {"../x": {}}})
+    with pytest.raises(InputError, match="measure"):
+        grid(tmp_path, measure="eer")
+    made = grid(tmp_path)
+    ablate.write(made, ("cosine", "short"), 0)
+    ablate.folder(made, ("cosine", "short"), 0).mkdir(parents=True)
+    with pytest.raises(InputError, match="another grid"):
+        ablate.write(grid(tmp_path, common={"ema": 0.5}), ("cosine", "short"), 0)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=[p.stem for p in GRIDS])
+def test_shipped_grids_are_complete(path: Path, tmp_path: Path) -> None:
+    made = ablate.read_grid(["--config", str(path), "--output", str(tmp_path)])
+    first, *_, last = ablate.cells(made)
+    for cell in (first, last):
+        ablate.write(made, cell, made.seeds[0])
+    if path.stem == "methods":
+        named = {option["recipe"] for option in made.axes["method"].values()}
+        others = {"att_cpu", "att_gpu", "quickstart", "online", "mixture"}
+        ours = {
+            f"distill/recipes/{p.name}" for p in (ROOT / "distill" / "recipes").glob("*.yaml") if p.stem not in others
+        }
+        assert named == ours
