@@ -324,7 +324,7 @@ class FourierFeatures(nn.Module):
         # Frequencies that a transform has pushed out of the band fade.
         excess = (freqs.norm(dim=2) - self.bandwidth) / (self.rate / 2 - self.bandwidth)
         amplitudes = (1 - excess).clamp(0, 1)
-        line = (torch.arange(self.size, device=w.device) + 0.5 - self.size / 2) / self.rate
+        line = (torch.arange(self.size, device=w.device, dtype=w.dtype) + 0.5 - self.size / 2) / self.rate
         y, x = torch.meshgrid(line, line, indexing="ij")
         grid = torch.stack((x, y), 2).flatten(0, 1)  # [H * W, 2]
         waves = torch.sin((grid @ freqs.transpose(1, 2) + phases.unsqueeze(1)) * (2 * math.pi))
