@@ -521,6 +521,17 @@ def test_corpus_is_written_with_it(two, tmp_path):
     assert corpus.manifest["generator"]["converted_from"]["file"] == "t"
 
 
+@pytest.mark.parametrize("recipe", ["stylegan2", "stylegan3"])
+def test_recipes(tmp_path, recipe):
+    from synth.generate import read_settings
+
+    folder = random_folder(tmp_path / "net", small2() if recipe == "stylegan2" else small3())
+    line = ["--config", f"synth/recipes/{recipe}.yaml", "--generator.init_args.weights", str(folder)]
+    made = read_settings(line).build()
+    assert (made.align is None) == (made.generator.face_size == 112)
+    assert made.generator.latent_shape == (W,)
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
