@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import pickle
 import re
 import reprlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from torch import Tensor, nn
 from faceless import __version__, assets
 from faceless.backbones import ARCHITECTURES
 from faceless.backbones.dlib_resnet import read_dat
+from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
 from faceless.errors import InputError, suggest
 from faceless.files import atomic_write, sha256
 from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
 PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
-SUPPORTED = ".pth .pt (plain state dicts), .safetensors, .dat (dlib)"
+SUPPORTED = ".pth .pt (plain state dicts), .ckpt (Lightning), .safetensors, .dat (dlib)"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MAX_BYTES = 4 << 30
+MAX_STRANGE = 64  # classes in a checkpoint that are passed over
 # Wrappers that other training code leaves around a backbone, longest first.
 PREFIXES = ("_orig_mod.", "backbone.", "student.", "module.", "model.", "net.")
 NESTS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone")
+EDGEFACE_WIDTHS = {24: "edgeface-xxs", 32: "edgeface-xs", 48: "edgeface-s", 80: "edgeface-base"}  # of the stem
 CLASSIFIERS = ("head.", "header.", "logits.")  # belong to training; an embedder has none
 
 State = dict[str, Tensor]
@@ -104,9 +108,9 @@ def load(source: str | Path, spec: InputSpec | None = None) -> Recognizer:
     """A trained recognizer, in eval mode on the CPU.
 
     Args:
-        source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of InsightFace's
-            arcface_torch IResNets or of the fdbtrs and QUD MobileFaceNets in ``.pth``, ``.pt`` or ``.safetensors``;
-            ``.safetensors`` of ours; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+        source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of a network we know, see
+            docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's ``.ckpt``; ``.safetensors`` of ours;
+            dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
 
     Returns:
@@ -155,7 +159,7 @@ def _load_file(path: Path) -> Recognizer:
         return _load_dat(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
-    if path.suffix in (".pth", ".pt"):
+    if path.suffix in (".pth", ".pt", ".ckpt"):
         return _load_foreign(_read_pickle(path), path)
     raise InputError(f"{path}: weights of the kind {path.suffix or 'without a suffix'} are not read; {SUPPORTED} are")
 
@@ -213,7 +217,7 @@ def _read_pickle(path: Path) -> State:
                 # torch.save never compresses; a file that does might unfold to any size.
                 if sum(entry.file_size for entry in archive.infolist()) > size:
                     raise InputError(f"{path}: not written by torch.save")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _load_lightning(path) if path.suffix == ".ckpt" else _load_plain(path)
     except InputError:
         raise
     except Exception as error:  # torch raises many types for a damaged or hostile file
@@ -234,6 +238,35 @@ def _read_pickle(path: Path) -> State:
     return dict(found)
 
 
+def _load_plain(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Ignored:
+    """Stands in for whatever a checkpoint holds besides its tensors."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _load_lightning(path: Path) -> Any:
+    """A checkpoint of PyTorch Lightning, whose callbacks and settings are of classes that we neither have nor run."""
+    strange: list[str] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([(_Ignored, name) for name in strange]):
+                return _load_plain(path)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if refused is None or refused[1] in strange or len(strange) >= MAX_STRANGE:
+                raise
+            strange.append(refused[1])
+
+
 def is_plain(value: Any) -> bool:
     """Whether this is a dense tensor all of whose elements the file holds (a stride of 0 makes much out of little)."""
     return (
@@ -252,22 +285,32 @@ def strip(state: State) -> State:
     >>> sorted(strip({"module.net.fc.weight": torch.ones(1), "module.head.weight": torch.ones(1)}))
     ['fc.weight']
     """
+    return list(_stripped(state))[-1]
+
+
+def _stripped(state: State) -> Iterator[State]:
+    """The state dict without classifiers, and again after each prefix that all keys share is gone."""
     while True:
         state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIERS)}
+        yield state
         common = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
         if common is None:
-            return state
+            return
         state = {key[len(common) :]: value for key, value in state.items()}
 
 
 def _load_foreign(state: State, path: Path) -> Recognizer:
-    state = strip(state)
-    recognized = recognize(state)
-    if recognized is None:
-        few = ", ".join(list(state)[:3])
+    # Some networks have a prefix of a wrapper for one of their own, and a head that is no classifier.
+    known = [(plain, network) for plain in _stripped(state) if (network := recognize(plain)) is not None]
+    if not known:
+        few = ", ".join(list(strip(state))[:3])
         raise InputError(f"{path}: its keys ({few}, ...) are of no network we know: {', '.join(names())}")
-    name, options = recognized
-    return _assemble(name, options.pop("embedding_dim"), options.pop("input_size"), options, state, path)
+    state, (name, options) = known[0]
+    found = _assemble(name, options.pop("embedding_dim"), options.pop("input_size"), options, state, path)
+    if path.suffix == ".ckpt" and name.startswith("ir") and not name.startswith("iresnet"):
+        # AdaFace reads images with OpenCV and leaves their channels as they come.
+        found = Recognizer(found.backbone, replace(found.spec, channel_order="BGR"), name=name, options=found.options)
+    return found
 
 
 def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
@@ -296,7 +339,39 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
                 "affine": "output_layer.bn.weight" in shapes,
             }
             return "mobilefacenet", {"embedding_dim": dim, "input_size": size(side), **options}
+        case {"input_layer.0.weight": _, "output_layer.3.weight": (dim, inputs), "body.0.res_layer.0.weight": _}:
+            blocks = len({key.split(".")[1] for key in shapes if key.startswith("body.")})
+            depth = next((depth for depth, counts in IR_BLOCKS.items() if sum(counts) == blocks), None)
+            side = math.isqrt(inputs // WIDTHS[-1])
+            return (f"ir{depth}", {"embedding_dim": dim, "input_size": size(side)}) if depth else None
+        case {"stem.0.weight": (width, *_), "tail.4.weight": (*_, side), "tail.6.weight": (dim, *_)}:
+            cells = len({key.split(".")[1] for key in shapes if key.startswith("cells.")})
+            name = {(64, 18): "pocketnet-s", (128, 9): "pocketnet-m"}.get((width, cells))
+            return (name, {"embedding_dim": dim, "input_size": size(side)}) if name else None
+        case {"cnn.conv_head.weight": (_, inputs, *_), "fc.weight": (dim, *_)}:
+            name = {320: "tinyfar-a", 240: "tinyfar-b", 176: "tinyfar-c"}.get(inputs)
+            return (name, {"embedding_dim": dim, "input_size": 112}) if name else None
+        case {"model.stem.0.weight": (width, *_), "model.head.fc.weight": (dim, *_)}:
+            name = EDGEFACE_WIDTHS.get(width)
+            return (name, {"embedding_dim": dim, "input_size": 112}) if name else None
+        case {
+            "model.stem.0.weight": (width, *_),
+            "model.head.fc.linear1.weight": (rank, inputs),
+            "model.head.fc.linear2.weight": (dim, _),
+        }:
+            name, ratio = EDGEFACE_WIDTHS.get(width), _rank_ratio(rank, min(inputs, dim))
+            return (name, {"embedding_dim": dim, "input_size": 112, "rank_ratio": ratio}) if name and ratio else None
     return None
+
+
+def _rank_ratio(rank: int, side: int) -> float | None:
+    """The roundest ratio that gives this rank: of 115 of 192 it is 0.6, and other layers tell whether that is right.
+
+    >>> _rank_ratio(115, 192), _rank_ratio(152, 304)
+    (0.6, 0.5)
+    """
+    ratios = [step / parts for parts in (10, 20, 100) for step in range(1, parts + 1)]
+    return next((ratio for ratio in ratios if max(2, int(side * ratio)) == rank), None)
 
 
 def _assemble(
@@ -327,6 +402,11 @@ def _assemble(
     for key, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"{path}: {key} holds values that are not finite")
+    if set(dict(backbone.named_buffers())) - set(wanted):
+        # Tables that are computed and not saved (Swin's): only a network that was built in earnest has them.
+        recognizer = create(name, embedding_dim=embedding_dim, input_size=input_size, **options)
+        recognizer.backbone.load_state_dict(state, strict=False)
+        return recognizer
     backbone.to_empty(device="cpu")
     with torch.no_grad():
         for key, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):

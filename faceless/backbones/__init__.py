@@ -9,9 +9,15 @@ from functools import partial
 from torch import nn
 
 from faceless.backbones.dlib_resnet import MEAN, DlibResNet29
+from faceless.backbones.edgeface import EdgeFace
+from faceless.backbones.ir import BLOCKS as IR_BLOCKS
+from faceless.backbones.ir import IR
 from faceless.backbones.iresnet import BLOCKS, IResNet
 from faceless.backbones.mobilefacenet import MobileFaceNet
+from faceless.backbones.pocketnet import PocketNet
 from faceless.backbones.slimresnet import SlimResNet
+from faceless.backbones.timm_backbone import TimmBackbone
+from faceless.backbones.tinyfar import TinyFaR
 from faceless.recognizer import InputSpec
 
 
@@ -26,7 +32,24 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     **{f"iresnet{depth}": Architecture(partial(IResNet, depth)) for depth in BLOCKS},
+    **{f"ir{depth}": Architecture(partial(IR, depth)) for depth in IR_BLOCKS},
     "mobilefacenet": Architecture(MobileFaceNet),
+    "pocketnet-s": Architecture(partial(PocketNet, 16, 18), 128),
+    "pocketnet-m": Architecture(partial(PocketNet, 32, 9), 128),
+    "edgeface-xxs": Architecture(partial(EdgeFace, "xxs")),
+    "edgeface-xs": Architecture(partial(EdgeFace, "xs")),
+    "edgeface-s": Architecture(partial(EdgeFace, "s")),
+    "edgeface-base": Architecture(partial(EdgeFace, "base")),
+    "tinyfar-a": Architecture(partial(TinyFaR, "a")),
+    "tinyfar-b": Architecture(partial(TinyFaR, "b")),
+    "tinyfar-c": Architecture(partial(TinyFaR, "c")),
+    "mobilenetv2": Architecture(partial(TimmBackbone, "mobilenetv2_100")),
+    "mobilenetv3-large": Architecture(partial(TimmBackbone, "mobilenetv3_large_100")),
+    "mobilenetv3-small": Architecture(partial(TimmBackbone, "mobilenetv3_small_100")),
+    "vit-s16": Architecture(partial(TimmBackbone, "vit_small_patch16_224")),
+    "vit-s8": Architecture(partial(TimmBackbone, "vit_small_patch8_224")),
+    "swin-s": Architecture(partial(TimmBackbone, "swin_small_patch4_window7_224")),
+    "timm": Architecture(TimmBackbone),
     "slimresnet": Architecture(SlimResNet),
     "dlib-resnet29": Architecture(
         DlibResNet29, 128, InputSpec(150, 150, mean=MEAN, std=(256.0, 256.0, 256.0), framing="dlib")

@@ -1,4 +1,6 @@
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,62 @@ def test_parameters_and_macs(build, parameters, macs):
     with torch.device("meta"):
         net = build()
     assert counts(net, 112) == (parameters, macs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters", "macs"),
+    # Counted on the classes of mk-minchul/AdaFace, fdbtrs/PocketNet, otroshi/edgeface, otroshi/synthdistill, and timm.
+    [
+        ("ir18", {}, 24_020_352, 2_597_109_760),
+        ("ir50", {}, 43_585_600, 6_296_485_888),
+        ("ir101", {}, 65_150_912, 12_076_761_088),
+        ("pocketnet-s", {}, 925_632, 283_541_120),
+        ("pocketnet-s", {"embedding_dim": 256}, 991_424, 283_606_656),
+        ("pocketnet-m", {}, 1_686_656, 538_215_680),
+        ("pocketnet-m", {"embedding_dim": 256}, 1_752_448, 538_281_216),
+        ("edgeface-xxs", {}, 1_244_744, 47_297_978),
+        ("edgeface-xs", {"rank_ratio": 0.6}, 1_770_492, 76_893_212),
+        ("edgeface-s", {"rank_ratio": 0.5}, 3_652_520, 152_897_808),
+        ("edgeface-base", {}, 18_225_812, 699_127_094),
+        ("tinyfar-a", {}, 5_562_844, 126_773_712),
+        ("tinyfar-b", {}, 3_105_434, 75_453_920),
+        ("tinyfar-c", {}, 1_832_106, 38_172_896),
+        ("mobilenetv2", {}, 2_879_744, 81_559_168),
+        ("mobilenetv3-large", {}, 4_857_904, 60_061_000),
+        ("mobilenetv3-small", {}, 2_042_656, 16_457_800),
+        ("vit-s16", {}, 21_806_336, 1_099_370_496),
+        ("vit-s8", {}, 21_641_600, 4_555_342_848),
+        ("swin-s", {}, 49_225_226, 2_241_870_336),
+    ],
+)
+def test_published_counts_by_name(name, options, parameters, macs):
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        net = architecture.build(**{"embedding_dim": architecture.embedding_dim, "input_size": 112} | options)
+    assert counts(net, 112) == (parameters, macs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ir18", {"input_size": 32}),
+        ("pocketnet-s", {"input_size": 32}),
+        ("edgeface-xxs", {"input_size": 64}),
+        ("edgeface-xs", {"input_size": 64, "rank_ratio": 0.6}),
+        ("tinyfar-c", {"input_size": 48}),
+        ("mobilenetv3-small", {"input_size": 64}),
+        ("timm", {"input_size": 32, "model": "vit_tiny_patch16_224"}),
+        ("timm", {"input_size": 64, "model": "swin_tiny_patch4_window7_224"}),
+    ],
+)
+def test_networks_train_and_come_back_from_a_folder(tmp_path, name, options):
+    net = faceless.create(name, embedding_dim=16, **options)
+    images = faces(4, options["input_size"])
+    net.train()(images).embedding.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    again = faceless.load(faceless.save(net, tmp_path / "net"))
+    assert torch.equal(again.embed(images), net.embed(images))
+    assert again.options == net.options
 
 
 def test_dlib_macs():
@@ -169,6 +227,11 @@ def test_width_multiplies():
         ("mobilefacenet", {"embedding_dim": "128"}, "embedding_dim is '128'"),
         ("mobilefacenet", {"framing": "ffhq"}, "framing is 'ffhq'"),
         ("dlib-resnet29", {"embedding_dim": 64}, "it has 128 and 150"),
+        ("pocketnet-s", {"input_size": 100}, "use a multiple of 16"),
+        ("edgeface-xs", {"rank_ratio": 2}, "rank_ratio is 2"),
+        ("tinyfar-a", {"input_size": 16}, "use 32 or more"),
+        ("timm", {"model": "hf-hub:somebody/something"}, "timm has no model 'hf-hub:somebody/something'"),
+        ("timm", {"model": "mobilenetv2_10"}, "did you mean mobilenetv2_1"),
     ],
 )
 def test_wrong_options_are_one_line(name, options, message):
@@ -183,3 +246,11 @@ def test_slimresnet_flat_head_fits_its_last_map(stem, pool, size):
     assert net(torch.zeros(2, 3, size, size)).shape == (2, 5)
     halvings = 3 + pool
     assert net.fc.in_features == 24 * math.ceil(size / 2**halvings) ** 2
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    script = importlib.import_module("backbones")
+    page = script.PAGE.read_text("utf-8")
+    assert script.table(page) == page, "run python scripts/backbones.py --write"

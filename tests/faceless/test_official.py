@@ -1,10 +1,15 @@
 """Our backbones against the authors' own classes, read from checkouts in the folder ``FACELESS_OFFICIAL``."""
 
+import importlib
 import importlib.util
 import os
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import timm
 import torch
 
 import faceless
@@ -43,6 +48,94 @@ def as_trained(net):
     with torch.no_grad():
         net.train()(Rng.of(1, "statistics", range(4)).uniform(3, 112, 112, low=-1))
     return net.eval()
+
+
+def adaface(monkeypatch):
+    module = official("mk-minchul/AdaFace", "net.py")
+
+    class Raw(torch.nn.Module):
+        """Unit vector and norm, multiplied: what ours returns."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            unit, norm = self.net(x)
+            return unit * norm
+
+    return lambda name: Raw(module.build_model(name))
+
+
+def pocketnet(monkeypatch):
+    # Its files import each other as `backbones`.
+    root = Path(os.environ["FACELESS_OFFICIAL"], "fdbtrs/PocketNet")
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    for name in [name for name in sys.modules if name.split(".")[0] == "backbones"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = ModuleType("backbones")
+    package.__path__ = [str(root / "backbones")]
+    monkeypatch.setitem(sys.modules, "backbones", package)
+    names = [f"backbones.{name}" for name in ("genotypes", "ops", "augment_cells", "augment_cnn")]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    gt = importlib.import_module("backbones.genotypes")
+    text = (root / "config/config_PocketNetS128.py").read_text()
+    genotype = eval(re.search(r'"softmax_casia": "(.*?)"', text)[1], {"Genotype": gt.Genotype, "range": range})
+    cnn = importlib.import_module("backbones.augment_cnn").AugmentCNN
+    return lambda channels, layers, emb: cnn(C=channels, n_layers=layers, genotype=genotype, emb=emb)
+
+
+def edgeface(monkeypatch):
+    module = official("otroshi/edgeface", "backbones/timmfr.py")
+
+    def build(model, ratio=None):
+        net = module.get_timmfrv2(model)
+        return net if ratio is None else module.replace_linear_with_lowrank_2(net, ratio)
+
+    return build
+
+
+def tinyfar(monkeypatch):
+    module = official("otroshi/synthdistill", "src/Network.py")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options | {"pretrained": False}))
+    return module.LightNetwork
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "name", "nest"),
+    [
+        (adaface, ("ir_18",), "ir18", lambda s: {k.removeprefix("net."): v for k, v in s.items()}),
+        (adaface, ("ir_34",), "ir34", lambda s: {f"model.{k}": v for k, v in s.items()}),  # as CVLface saves it
+        (adaface, ("ir_50",), "ir50", lambda s: s),
+        (adaface, ("ir_101",), "ir101", lambda s: s),
+        (pocketnet, (16, 18, 128), "pocketnet-s", lambda s: s),
+        (pocketnet, (16, 18, 512), "pocketnet-s", lambda s: s),
+        (pocketnet, (32, 9, 256), "pocketnet-m", lambda s: {f"module.{k}": v for k, v in s.items()}),
+        (edgeface, ("edgenext_xx_small",), "edgeface-xxs", lambda s: s),
+        (edgeface, ("edgenext_x_small", 0.6), "edgeface-xs", lambda s: s),
+        (edgeface, ("edgenext_small", 0.5), "edgeface-s", lambda s: {f"module.{k}": v for k, v in s.items()}),
+        (tinyfar, ("tinynet_a",), "tinyfar-a", lambda s: s),
+        (tinyfar, ("tinynet_c",), "tinyfar-c", lambda s: s),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_same_weights_same_embeddings_of_other_families(tmp_path, monkeypatch, capsys, family, arguments, name, nest):
+    theirs = as_trained(family(monkeypatch)(*arguments))
+    torch.save(nest(theirs.state_dict()), tmp_path / "theirs.pth")
+    ours = faceless.load(tmp_path / "theirs.pth")
+    assert ours.name == name
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
+    with torch.no_grad():
+        expected = theirs((images.float() - 127.5) / 127.5)
+        found = ours(images).embedding
+    difference = (found - expected).abs().max() / expected.abs().max()
+    with capsys.disabled():
+        print(f"{name}: {difference:.1e}")
+    assert difference <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -370,3 +371,46 @@ def test_names_are_all_buildable():
     assert faceless.names() == sorted(weights.ARCHITECTURES)
     with torch.device("meta"):
         assert all(weights.ARCHITECTURES[name].build() for name in faceless.names())
+
+
+class Callback:
+    """What a trainer leaves in its checkpoints."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+
+class Bomb:
+    def __init__(self, where):
+        self.where = where
+
+    def __reduce__(self):
+        return tempfile.mkdtemp, ("", "bomb", str(self.where))
+
+
+def test_lightning_checkpoints_hold_more_than_weights_and_none_of_it_runs(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    net = faceless.create("ir18", embedding_dim=8, input_size=32)
+    state = {f"model.{key}": value for key, value in net.backbone.state_dict().items()}
+    extras = {"head.kernel": torch.zeros(8, 5), "head.t": torch.zeros(1)}
+    content = {
+        "state_dict": state | extras,
+        "callbacks": {"best": Callback("runs")},
+        "hyper_parameters": Bomb(made),
+        "epoch": 3,
+    }
+    torch.save(content, tmp_path / "adaface.ckpt")
+    found = faceless.load(tmp_path / "adaface.ckpt")
+    assert not list(made.iterdir())
+    assert (found.name, found.spec.channel_order) == ("ir18", "BGR")
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 32, 32).byte()
+    assert torch.equal(found(images.flip(1)).embedding, net.eval()(images).embedding)
+    # Elsewhere, what is no weight is refused by its name.
+    torch.save(content, tmp_path / "adaface.pt")
+    with pytest.raises(InputError, match="which is code and not weights"):
+        faceless.load(tmp_path / "adaface.pt")
+    torch.save({"state_dict": {"model.x": Bomb(made)}}, tmp_path / "odd.ckpt")
+    with pytest.raises(InputError, match="not a plain tensor"):
+        faceless.load(tmp_path / "odd.ckpt")
+    assert not list(made.iterdir())
