@@ -7,6 +7,7 @@ in and hands out that process's share of the global batch.
 from __future__ import annotations
 
 import hashlib
+import io
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from distill.gather import gather
 from eval import benchmarks
 from faceless import align
-from faceless.errors import InputError
+from faceless.errors import InputError, suggest
+from faceless.files import sha256
 from faceless.randomness import Rng, permutation
-from faceless.recognizer import Output
+from faceless.recognizer import MAX_SIDE, Output, Recognizer, resize
 from faceless.settings import recipe
 from mining.resampling import Around, Resampling
 from synth.corpus import Corpus
@@ -98,6 +103,9 @@ class Source(ABC):
     @abstractmethod
     def prepare(self, place: Place) -> None:
         """Open files and move networks, once, in every process."""
+
+    def watch(self, teacher: Recognizer, student: Recognizer) -> None:  # noqa: B027
+        """Meet the two networks, once, after `prepare`, for faces that depend on them; they are only looked at."""
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
@@ -361,6 +369,89 @@ class FolderSource(Rows):
         names = list(self.benchmark.names)
         split = {} if self.chosen is None else {"people": self.chosen, "identities": names}
         return {"kind": "folder", "path": str(self.path), "faces": self.size, "real_faces": True} | split
+
+
+class ParquetSource(Rows):
+    """Faces in anybody's parquet files, such as those of a Hugging Face dataset; real ones unless told otherwise.
+
+    Args:
+        path: a file, or a folder of ``.parquet`` files, which are read in the order of their names.
+        image: column of PNG, JPEG, WEBP or BMP files: bytes, or records with ``bytes``.
+        label: column that says whose face it is, by number or name; None for faces without labels.
+        size: side to which faces are resized; they must be aligned crops already.
+        real: whether they are of real people. A run that trains on real faces says so loudly.
+        views, in_memory: see `Rows`.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        image: str = "image",
+        label: str | None = "label",
+        size: int = 112,
+        real: bool = True,
+        views: int | None = None,
+        in_memory: bool = False,
+    ):
+        super().__init__(views=views, in_memory=in_memory)
+        if not 16 <= size <= MAX_SIDE:
+            raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
+        self.path, self.image, self.label_column, self.side, self.real = path, image, label, size, real
+
+    def name(self) -> str:
+        return str(self.path)
+
+    def prepare(self, place: Place) -> None:
+        folder = Path(self.path)
+        self.files = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+        if not self.files:
+            raise InputError(f"{folder}: holds no .parquet files")
+        wanted = [self.image] + ([] if self.label_column is None else [self.label_column])
+        tables = [self._table(file, wanted) for file in self.files]
+        self.encoded = pa.chunked_array([chunk for table in tables for chunk in table[self.image].chunks])
+        if self.label_column is not None:
+            whose = [name for table in tables for name in table[self.label_column].to_pylist()]
+            numbers = {name: number for number, name in enumerate(sorted(set(whose) - {None}))}
+            self.labels = torch.tensor([numbers.get(name, -1) for name in whose])
+        super().prepare(place)
+
+    @staticmethod
+    def _table(file: Path, columns: list[str]) -> pa.Table:
+        try:
+            parquet = pq.ParquetFile(file, memory_map=True)
+            missing = set(columns) - set(parquet.schema_arrow.names)
+            if missing:
+                near = suggest(min(missing), parquet.schema_arrow.names)
+                raise InputError(f"{file}: has no column {min(missing)!r}; {near}")
+            return parquet.read(columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file}: not a readable parquet file ({error})") from error
+
+    def total(self) -> int:
+        return len(self.encoded)
+
+    def read(self, rows: Tensor) -> Tensor:
+        return torch.stack([self._decode(row) for row in rows.tolist()])
+
+    def _decode(self, row: int) -> Tensor:
+        value: Any = self.encoded[row].as_py()
+        data: Any = value.get("bytes") if isinstance(value, dict) else value
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
+                if max(image.size) > MAX_SIDE:  # known from the header, before anything is decoded
+                    raise InputError(f"{self.path}: the image of row {row} is {image.size[0]} x {image.size[1]}")
+                pixels = np.array(image.convert("RGB"))
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.path}: column {self.image!r} of row {row} holds no readable image") from error
+        face = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return resize(face.float(), self.side, self.side)[0].round().clamp(0, 255).byte()
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join([*map(sha256, self.files), str(self.side)]).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "parquet", "path": str(self.path), "faces": self.size, "real_faces": self.real}
 
 
 class OnlineSource(Source):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from distill.sources import FolderSource, OnlineSource, Place
+from distill.sources import FolderSource, OnlineSource, ParquetSource, Place, read_labels
 from faceless.errors import InputError
 from faceless.recognizer import Output
 from mining.resampling import SynthDistillRule
@@ -114,3 +117,73 @@ def test_impossible_batches_are_refused(tmp_path: Path) -> None:
         real(path, held_out=12)
     with pytest.raises(InputError, match="cannot be split evenly over 3"):
         real(path, processes=3)
+
+
+def parquet(path: Path, **columns: list) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def encoded(*shades: int, side: int = 32) -> list[bytes]:
+    found = []
+    for shade in shades:
+        file = io.BytesIO()
+        Image.new("RGB", (side, side), (shade, 0, 0)).save(file, "PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def test_parquet_files_of_others_are_read_with_their_labels(tmp_path: Path) -> None:
+    whose = ["ann", "bob", "ann", None, "cid", "bob"]
+    images = encoded(10, 20, 30, 40, 50, 60)
+    records = [{"bytes": data, "path": "x.png"} for data in images]
+    parquet(tmp_path / "b.parquet", image=records[3:], label=whose[3:])
+    parquet(tmp_path / "a.parquet", image=records[:3], label=whose[:3])
+    source = ParquetSource(path=str(tmp_path), size=16)
+    source.prepare(Place(batch_size=2, held_out=2))
+    assert source.real and source.record()["real_faces"] and source.size == 4 and source.classes == 3
+    assert source.labels.tolist() == [0, 1, 0, -1, 2, 1]
+    assert source.faces(torch.arange(6))[:, 0].flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30, 40, 50, 60]
+    batch = source.batch(0)
+    assert torch.equal(batch.labels, source.labels[batch.rows])
+    plain = ParquetSource(path=str(parquet(tmp_path / "c.parquet", face=images)), image="face", label=None, real=False)
+    plain.prepare(Place(batch_size=2))
+    assert not plain.labelled and not plain.real and plain.batch(0).images.shape == (2, 3, 112, 112)
+    assert plain.fingerprint() != source.fingerprint()
+
+
+def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    wide = io.BytesIO()
+    Image.new("L", (5000, 4)).save(wide, "PNG")
+    path = parquet(tmp_path / "x.parquet", image=[b"no image", wide.getvalue()], label=[0, 1])
+    for changes, named in (
+        ({"image": "imgae"}, "did you mean image"),
+        ({"path": str(tmp_path / "y")}, "not a readable"),
+    ):
+        source = ParquetSource(**({"path": str(path)} | changes))
+        with pytest.raises(InputError, match=named):
+            source.prepare(Place(batch_size=1))
+    source = ParquetSource(path=str(path))
+    source.prepare(Place(batch_size=1))
+    with pytest.raises(InputError, match="row 0 holds no readable image"):
+        source.faces(torch.tensor([0]))
+    with pytest.raises(InputError, match="row 1 is 5000 x 4"):
+        source.faces(torch.tensor([1]))
+
+
+def test_people_of_a_folder_and_labels_of_a_file(tmp_path: Path) -> None:
+    path = folder(tmp_path / "faces", people=4)
+    source = FolderSource(path=str(path), people="2-3", size=32, aligned=True)
+    source.prepare(Place(batch_size=4))
+    assert source.people() == [(str(path), "2-3")] and source.record()["identities"] == ["p1", "p2"]
+    assert source.size == 10 and source.classes == 2
+    everybody = real(path, held_out=0)
+    assert torch.equal(source.faces(torch.arange(10)), everybody.faces(torch.arange(5, 15)))
+    np.save(tmp_path / "labels.npy", np.array([3, -1, 7]))
+    assert read_labels(tmp_path / "labels.npy").tolist() == [3, -1, 7]
+    with pytest.raises(InputError, match="one for each of 20 faces"):
+        everybody.label(torch.tensor([3, -1, 7]))
+    for wrong in (np.zeros(3), np.zeros((2, 2), int)):
+        np.save(tmp_path / "labels.npy", wrong)
+        with pytest.raises(InputError, match="one whole number"):
+            read_labels(tmp_path / "labels.npy")

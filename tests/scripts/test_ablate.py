@@ -32,7 +32,7 @@ def scores(run: Path, eer: float, cosine: float) -> None:
     run.mkdir(parents=True)
     row = {"label": "student", "eer": eer, "rank1": 1 - eer, "tar_at_far": {"1e-2": 0.9, "1e-3": 0.8}}
     row["intervals"] = {"eer": [eer - 0.01, eer + 0.01], "rank1": [0.5, 1.0], "tar_at_far": {"1e-2": [0.8, 1.0]}}
-    best = row | {"label": "teacher", "eer": 0.001}
+    best = row | {"label": "teacher", "eer": 0.001, "intervals": {}}
     (run / "verification.json").write_text(json.dumps({"subsets": {"21-40": [best, row]}}))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "validation": {"cosine": cosine}}) + "\n")
     (run / "report.html").write_text("<html>")
