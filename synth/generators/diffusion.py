@@ -208,6 +208,10 @@ class Diffusion(Generator):
     """
 
     packages = ("diffusers", "transformers")
+    text: Tensor | None
+    text_empty: Tensor | None
+    vectors: Tensor | None
+    tokens: Tensor
 
     def __init__(
         self,
@@ -271,11 +275,10 @@ class Diffusion(Generator):
             if len(set(width)) != 1:
                 raise InputError(f"{source}: a network whose blocks attend to vectors of several sizes")
             width = width[0]
-        self.encoder: nn.Module | None = None
+        self.encoder: Any = None
         self.place = -1  # of the token that is an identity
-        self.text_empty: Tensor | None
-        self.register_buffer("text", None), self.register_buffer("text_empty", None)
-        self.register_buffer("vectors", None)
+        for name in ("text", "text_empty", "vectors"):
+            self.register_buffer(name, None)
         if not self.crossed:
             if prompt is not None or contexts is not None or self.guidance != 1:
                 raise InputError(f"{source}: is unconditional; leave out prompt, contexts and guidance")
@@ -285,7 +288,7 @@ class Diffusion(Generator):
         if contexts is not None:
             if (contexts.token is None) == (prompt is not None):
                 raise InputError("contexts.token names a word of prompt: give both or neither")
-            self.vectors: Tensor | None = contexts.vectors(int(width))
+            self.vectors = contexts.vectors(int(width))
             self.identities = len(self.vectors)
         if prompt is not None:
             self._read_text(source, parts, prompt, negative_prompt, contexts)
@@ -425,14 +428,14 @@ class Diffusion(Generator):
 
     def _encode(self, vectors: Tensor) -> Tensor:
         """Text of which one token is an identity's vector, ``[B, width]`` to ``[B, tokens, width]``."""
-        assert self.encoder is not None
 
         def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             return torch.cat((output[:, : self.place], vectors[:, None], output[:, self.place + 1 :]), 1)
 
         hook = self.encoder.get_input_embeddings().register_forward_hook(replace)
         try:
-            return self.encoder(self.tokens.expand(len(vectors), -1))[0]
+            text: Tensor = self.encoder(self.tokens.expand(len(vectors), -1))[0]
+            return text
         finally:
             hook.remove()
 
