@@ -68,12 +68,17 @@ class Identities:
 
 
 def cluster(rows: Floats, count: int, *, seed: int = 0, rounds: int = 20, restarts: int = 1) -> tuple[Floats, Ids]:
-    """Spherical k-means: unit ``rows [N, D]`` to unit centers ``[count, D]`` and the nearest center of each ``[N]``.
+    """Spherical k-means: unit ``rows [N, D]`` to unit centers ``[count, D]`` and the cluster of each row ``[N]``.
 
-    All rows take part (FAISS's default draws 256 per center). The same rows and seed give the same bits.
+    All rows take part (FAISS's default draws 256 per center). The same rows and seed give the same bits. A cluster that
+    is nobody's nearest gets the row that fits its own worst, so that every cluster has a row.
+
+    Raises:
+        InputError: there are fewer rows than clusters.
     """
     if count > len(rows):
         raise InputError(f"{count} clusters of {len(rows)} faces; use fewer")
+    rows = np.ascontiguousarray(rows, np.float32)
     means = faiss.Kmeans(
         rows.shape[1],
         count,
@@ -84,8 +89,15 @@ def cluster(rows: Floats, count: int, *, seed: int = 0, rounds: int = 20, restar
         min_points_per_centroid=1,
         max_points_per_centroid=10**9,
     )
-    means.train(np.ascontiguousarray(rows, np.float32))
-    return np.asarray(means.centroids), means.index.search(rows, 1)[1][:, 0]
+    means.train(rows)
+    centers = np.array(means.centroids)
+    found = means.index.search(rows, 1)
+    cosines, labels = found[0][:, 0], found[1][:, 0]
+    while len(empty := np.flatnonzero((sizes := np.bincount(labels, minlength=count)) == 0)):
+        # Not out of a cluster of one, which would only move the hole.
+        moved = np.where(sizes[labels] > 1, cosines, np.inf).argsort(kind="stable")[: len(empty)]
+        labels[moved], centers[empty] = empty, rows[moved]
+    return centers, labels
 
 
 def distinct(rows: Floats, threshold: float, k: int = 64) -> int:

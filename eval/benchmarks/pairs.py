@@ -81,8 +81,6 @@ def _image(value: Any, path: Path) -> bytes | np.ndarray:
             return bytes(value)
         case str():  # of Python 2
             return _latin1(value, path)
-        case Call(name="_codecs.encode", args=(str(text), "latin1" | "latin-1")):  # of Python 3, protocol 2
-            return _latin1(text, path)
         case Call():
             pixels = restricted_pickle.array(value, str(path))
             if pixels.dtype == np.uint8 and pixels.ndim == 1:

@@ -20,8 +20,8 @@ class Block(nn.Module):
     """3x3 with the stride, BN, activation, 3x3, BN, summed with the (projected) input, activation.
 
     He, Zhang, Ren, Sun: Deep residual learning, CVPR 2016, figure 2. Where the map shrinks, the shortcut averages 2 x 2
-    places instead of dropping three of four (He et al.: Bag of tricks, CVPR 2019, figure 2c); as residual branches start
-    at zero, shortcuts are all that a young network sees through.
+    places instead of dropping three of four (He et al.: Bag of tricks, CVPR 2019, figure 2c): residual branches start
+    at zero, so shortcuts are all that a young network sees through.
     """
 
     def __init__(self, inputs: int, channels: int, stride: int, activation: str):

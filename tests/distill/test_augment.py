@@ -13,7 +13,20 @@ from distill.augment import Augment
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
-STRENGTHS = ("flip", "rotate", "scale", "shift", "gray", "brightness", "contrast", "light", "erase", "blur", "noise", "resample")
+STRENGTHS = (
+    "flip",
+    "rotate",
+    "scale",
+    "shift",
+    "gray",
+    "brightness",
+    "contrast",
+    "light",
+    "erase",
+    "blur",
+    "noise",
+    "resample",
+)
 OFF = dict.fromkeys(STRENGTHS, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Pseudo-identities find people that are there, use every label, and are read again rather than made again."""
+"""Pseudo-identities of a run are those of the mining room, and are read again rather than made again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import adjusted_rand_score
 
-from distill.identities import cluster, stored
+from distill.identities import stored
 from faceless.errors import InputError
 
 
@@ -20,19 +20,19 @@ def people(count: int = 12, faces: int = 20) -> tuple[torch.Tensor, torch.Tensor
     return 3 * (centers[truth] + 0.05 * torch.randn(len(truth), 16, generator=random)), truth
 
 
-def test_people_are_found() -> None:
+def test_people_are_found(tmp_path: Path) -> None:
     embeddings, truth = people()
-    labels = cluster(embeddings, 12)
+    labels = stored(tmp_path / "a.npy", embeddings, 12, seed=0)
     assert adjusted_rand_score(truth, labels) > 0.8
     assert labels.unique().tolist() == list(range(12))
-    assert torch.equal(cluster(embeddings, 12), labels)
+    assert torch.equal(stored(tmp_path / "b.npy", embeddings, 12, seed=0), labels)
 
 
-def test_every_label_is_used_even_where_faces_coincide() -> None:
+def test_every_label_is_used_even_where_faces_coincide(tmp_path: Path) -> None:
     embeddings = torch.cat((torch.ones(30, 4), torch.eye(4), -torch.eye(4)))
-    assert cluster(embeddings, 8).unique().tolist() == list(range(8))
+    assert stored(tmp_path / "x.npy", embeddings, 12, seed=0).unique().tolist() == list(range(12))
     with pytest.raises(InputError, match="use fewer"):
-        cluster(embeddings, 39)
+        stored(tmp_path / "y.npy", embeddings, 39, seed=0)
 
 
 def test_labels_are_kept(tmp_path: Path) -> None:

@@ -361,9 +361,8 @@ def test_interrupted_corpus_ends_with_the_same_bytes(tmp_path, saved):
     settings = corpus_settings(tmp_path / "cut", saved)
     from synth import generate as module
 
-    run = module.Run(
-        settings.build(), {k: v for k, v in settings.asdict().items() if k not in (*module.INCIDENTAL, "config")}, 0, 1
-    )
+    built = settings.build()
+    run = module.Run(built, module.recorded(settings, built), 0, 1)
     run.begin(settings.yaml())
     with run.pool() as pool:
         pool.advance(0)
