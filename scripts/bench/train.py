@@ -24,8 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import faceless
 from distill.augment import Augment
@@ -40,7 +42,7 @@ from faceless.randomness import Rng
 from faceless.recognizer import Output
 from synth.generators.dcgan import DCGAN
 
-STUDENT = {"stem": "conv5", "widths": [24, 48, 96, 192], "depths": [1, 2, 3, 2], "head": "flat"}
+STUDENT = yaml.safe_load((ROOT / "distill/recipes/quickstart.yaml").read_text())["student"]
 
 
 def main() -> None:
@@ -69,7 +71,8 @@ def main() -> None:
 
 def networks() -> tuple[DCGAN, faceless.Recognizer, faceless.Recognizer]:
     teacher = faceless.load("dlib-resnet29").requires_grad_(False)
-    student = faceless.create("slimresnet", embedding_dim=128, input_size=64, framing="dlib", **STUDENT)
+    size, options = STUDENT["input_size"], STUDENT["options"]
+    student = faceless.create(STUDENT["name"], embedding_dim=128, input_size=size, framing="dlib", **options)
     return DCGAN("digiface"), teacher, student
 
 
