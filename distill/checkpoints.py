@@ -78,7 +78,16 @@ class Metrics:
 
 
 # What may differ between a run and its continuation without changing its result.
-FREE = {"output", "verification", "tensorboard", "keep_checkpoints", "log_every", "threads", "device"}
+FREE = {
+    "output",
+    "verification",
+    "tensorboard",
+    "keep_checkpoints",
+    "log_every",
+    "threads",
+    "device",
+    "show_real_faces",
+}
 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -97,6 +106,27 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"{path.parent} holds a run with another {key} ({_short(before.get(key))} there, "
                 f"{_short(settings.get(key))} here): choose another output, or delete that folder"
+            )
+
+
+def check_same_record(path: Path, record: dict[str, Any]) -> None:
+    """Refuse to continue a run with another teacher, or on other faces, than its record names.
+
+    Raises:
+        InputError: naming the part of the record that differs.
+    """
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not a record of a run ({error}); choose another output") from error
+    now = json.loads(json.dumps(record, default=str))
+    for key in ("teacher", "sources", "started_from"):
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"{path} names another {key.removesuffix('s')} than there is now, by its contents: put the old one "
+                "back, or choose another output"
             )
 
 

@@ -39,10 +39,15 @@ def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> B
         benchmark = benchmarks.load(run.verification.benchmark, framing=teacher.spec.framing, size=size)
     people = int(benchmark.identities.max()) + 1
     trained = trained_on(run, people)
-    if trained and not run.verification.people:
+    subsets = run.verification.subsets()
+    if trained and not subsets:
         raise InputError(f"the source trains on people of {benchmark.name}: set verification.people to others")
-    for subset in run.verification.people:
-        both = trained & set(range(people)[parse_people(subset, people)])
+    for subset in subsets:
+        try:
+            chosen = parse_people(subset, people)
+        except InputError as error:
+            raise InputError(f"verification.people: {error}") from error
+        both = trained & set(range(people)[chosen])
         if both:
             raise InputError(f"verification.people {subset} has person {min(both) + 1}, whom the source trains on")
     return benchmark
@@ -60,20 +65,29 @@ def trained_on(run: Run, people: int) -> set[int]:
 def finish(
     run: Run,
     output: Path,
+    record: dict[str, Any],
     teacher: FrozenTeacher,
     student: Recognizer,
-    untrained: Recognizer,
+    before: Recognizer,
     objective: Objective,
     benchmark: Benchmark | None,
 ) -> None:
-    """Write ``student/``, the record, a sample of faces, the verification and ``report.html``."""
-    provenance = make_record(run, teacher.recognizer, benchmark)
+    """Write ``student/``, the record, a sample of faces, the verification and ``report.html``.
+
+    Args:
+        record: from `make_record`, of when training began.
+        before: the student of then.
+    """
+    # Meanwhile more assets may have been used, for the verification.
+    provenance = record | {"assets": assets.used()}
     atomic_write(output / "provenance.json", json.dumps(provenance, indent=1, default=str) + "\n")
     student = student.cpu().eval()
-    faceless.save(student, output / "student", {"teacher": teacher_record(teacher.recognizer)} | training_faces(run))
+    kept = {key: record[key] for key in ("teacher", "real_faces_in_training", "started_from") if key in record}
+    faceless.save(student, output / "student", kept | {"training_faces": training_faces(run)})
     save_faces(run, output, teacher, student, objective)
     if benchmark is not None:
-        models = {"teacher": teacher.recognizer.cpu(), "student": student, "untrained student": untrained.cpu().eval()}
+        label = "untrained student" if run.student.start is None else "student before"
+        models = {"teacher": teacher.recognizer.cpu(), "student": student, label: before.cpu().eval()}
         verify_all(run, output, models, benchmark)
     page = report.write(output)
     print(f"student: {output / 'student'}\nreport:  {page}")
@@ -85,35 +99,54 @@ def teacher_record(teacher: Recognizer) -> dict[str, Any]:
 
 
 def training_faces(run: Run) -> dict[str, Any]:
-    """Whether real faces were trained on, and how many generated ones; goes into the student's own config."""
+    """What kind of faces and how many; goes into the student's own config."""
     record = run.source.record()
-    return {
-        "real_faces_in_training": run.source.real,
-        "training_faces": {key: record[key] for key in TOLD if key in record},
-    }
+    return {key: record[key] for key in TOLD if key in record}
 
 
-def make_record(run: Run, teacher: Recognizer, benchmark: Benchmark | None) -> dict[str, Any]:
-    """Where every training face came from, who taught, and under what licences."""
-    split = {}
+def reals(run: Run, before: Recognizer) -> list[str]:
+    """Why this is a run of real faces, if it is one.
+
+    Args:
+        before: the student as training finds it.
+    """
+    reasons = ["this run trains on pictures of real people"] if run.source.real else []
+    if run.student.start is not None:
+        told = before.source.get("record", {}).get("real_faces_in_training")
+        if told is not False:  # what is not on record may be
+            known = "was trained on real people" if told else "has no record of what it was trained on"
+            reasons.append(f"this run goes on from {run.student.start}, which {known}")
+    return reasons
+
+
+def make_record(run: Run, teacher: Recognizer, before: Recognizer, benchmark: Benchmark | None) -> dict[str, Any]:
+    """Where every training face came from, who taught, what the student was before, and under what licences."""
+    more: dict[str, Any] = {}
+    if run.student.start is not None:
+        more["started_from"] = {"name": before.name} | before.source
     if benchmark is not None and (people := trained_on(run, len(benchmark.names))):
         names = [benchmark.names[i] for i in sorted(people)]
-        split = {"split": {"trained_on": names, "verified_on": run.verification.people}}
+        more["split"] = {"trained_on": names, "verified_on": run.verification.subsets()}
+    if reasons := reals(run, before):
+        more["real_faces_because"] = reasons
     return {
         "faceless": faceless.__version__,
         "torch": torch.__version__,
-        "real_faces_in_training": run.source.real,
+        "real_faces_in_training": bool(reasons),
         "sources": run.source.records(),
         "teacher": teacher_record(teacher),
         "augment": asdict(run.augment),
         "benchmark": None if benchmark is None else benchmark.record,
         "assets": assets.used(),
-    } | split
+    } | more
 
 
 def save_faces(run: Run, output: Path, teacher: FrozenTeacher, student: Recognizer, objective: Objective) -> None:
-    """A sample of training faces, the hardest disagreements first, for the report."""
-    faces = run.source.sample(SHOWN)
+    """A sample of training faces, the hardest disagreements first, for the report; of people only if asked for."""
+    source = run.source
+    faces = source.sample(SHOWN) if run.show_real_faces or not source.real else source.generated(SHOWN)
+    if not len(faces):
+        return
     device = next(teacher.parameters()).device
     objective.cpu()
     disagreement = []
@@ -136,7 +169,7 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
     people = int(benchmark.identities.max()) + 1
     # People who were trained on are not verified on; without such, everybody comes first.
     subsets = {} if trained_on(run, people) else {"all": benchmark}
-    subsets |= {name: benchmark.subset(parse_people(name, people)) for name in chosen.people}
+    subsets |= {name: benchmark.subset(parse_people(name, people)) for name in chosen.subsets()}
     costs = {label: efficiency.measure(model) for label, model in models.items()}
     results: dict[str, list[dict[str, Any]]] = {}
     scores: dict[str, np.ndarray] = {}

@@ -5,7 +5,7 @@ PyTorch's own SyncBatchNorm wants CUDA. This one lets a run on several CPU proce
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.gather import processes
+from faceless.errors import InputError
 
 
 class _Sum(torch.autograd.Function):
@@ -79,18 +80,43 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return _normalize(self, x)
 
 
+class GlobalBatchNormAct2d(nn.BatchNorm2d):
+    """The same with the activation that timm's ``BatchNormAct2d`` brings along."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        normalized: Tensor = self.act(self.drop(_normalize(self, x)))
+        return normalized
+
+
+GLOBAL = {
+    "BatchNorm1d": GlobalBatchNorm1d,
+    "BatchNorm2d": GlobalBatchNorm2d,
+    "BatchNormAct2d": GlobalBatchNormAct2d,
+}
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def globalize(module: Network, device: torch.device) -> Network:
-    """Give every batch norm below ``module`` the statistics of all processes; parameters and keys stay as they are."""
+    """Give every batch norm below ``module`` the statistics of all processes; parameters and keys stay as they are.
+
+    Raises:
+        InputError: a kind of batch norm whose statistics cannot be shared.
+    """
     if processes() == 1:
         return module
-    if device.type == "cuda":
-        return cast(Network, nn.SyncBatchNorm.convert_sync_batchnorm(module))
-    for layer in module.modules():
-        if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = GlobalBatchNorm2d
-        elif type(layer) is nn.BatchNorm1d:
-            layer.__class__ = GlobalBatchNorm1d
+    for name, layer in list(module.named_modules()):
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            continue
+        kind = type(layer)
+        if device.type == "cuda" and kind in (nn.BatchNorm1d, nn.BatchNorm2d):  # PyTorch's own is faster there
+            above, _, own = name.rpartition(".")
+            setattr(module.get_submodule(above), own, nn.SyncBatchNorm.convert_sync_batchnorm(layer))
+        elif kind.__name__ in GLOBAL:
+            layer.__class__ = GLOBAL[kind.__name__]
+        else:
+            raise InputError(f"{name} is a {kind.__name__}, whose statistics processes cannot share: use one process")
     return module

@@ -214,6 +214,10 @@ class MixtureSource(Source):
         counts = whole_parts(self.shares, count)
         return self._together([self.sources[name].sample(counts[name]) for name in counts if counts[name]])
 
+    def generated(self, count: int) -> Tensor:
+        faces = [source.generated(count // len(self.sources)) for source in self.sources.values()]
+        return self._together([x for x in faces if len(x)] or faces[:1])
+
     def _together(self, faces: list[Tensor]) -> Tensor:
         side = self.size or max(x.shape[-1] for x in faces)
         faces = [resize(x.float(), side, side).round().clamp(0, 255).byte() if len(x) else x for x in faces]

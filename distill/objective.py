@@ -300,11 +300,16 @@ class Objective(nn.Module):
     @torch.no_grad()
     def comparable(self, student: Output, teacher: Output) -> tuple[Output, Output]:
         """The two outputs as the losses compare them, projected and centered, without learning from them."""
-        if self.projection is not None:
-            student = replace(student, embedding=self.projection(student.embedding))
+        student = self._projected(student)
         if self.centering is not None:
             teacher = replace(teacher, embedding=teacher.embedding - self.centering.mean)
         return student, teacher
+
+    def _projected(self, student: Output) -> Output:
+        if self.projection is None:
+            return student
+        # Out of autocast, embeddings come in half precision.
+        return replace(student, embedding=self.projection(student.embedding.to(self.projection.weight.dtype)))
 
     def _scored(self, student: Output, teacher: Output) -> tuple[Output, Output]:
         if self.scores is None:
@@ -315,8 +320,7 @@ class Objective(nn.Module):
         self, student: Output, teacher: Output, labels: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and each loss before weighting, detached."""
-        if self.projection is not None:
-            student = replace(student, embedding=self.projection(student.embedding))
+        student = self._projected(student)
         if self.centering is not None:
             teacher = self.centering(teacher)
         student, teacher = self._scored(student, teacher)

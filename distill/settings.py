@@ -22,7 +22,8 @@ class Student:
             training (see `Run.projection`).
         input_size: side of the student's input in pixels.
         options: further arguments of `faceless.create`.
-        start: a trained recognizer (anything `faceless.load` takes) to go on from, instead of fresh weights.
+        start: a trained recognizer (anything `faceless.load` takes) to go on from, instead of fresh weights. It brings
+            its architecture along: the other keys are left out, or as in it.
     """
 
     name: str = "mobilefacenet"
@@ -70,6 +71,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup < 0 or self.clip < 0 or self.weight_decay < 0:
             raise InputError("optimizer: lr must be positive; warmup, clip and weight_decay cannot be negative")
+        if not all(0 <= decay < 1 for decay in (self.momentum, *self.betas)):
+            raise InputError("optimizer: momentum and betas must be at least 0 and below 1")
 
 
 @dataclass
@@ -86,6 +89,10 @@ class Validation:
     every: int = 500
     neighbors: int = 10
 
+    def __post_init__(self) -> None:
+        if self.faces < 0 or self.every < 1 or self.neighbors < 1:
+            raise InputError("validation: faces cannot be negative; every and neighbors must be at least 1")
+
 
 @dataclass
 class Verification:
@@ -95,13 +102,24 @@ class Verification:
         benchmark: anything ``eval/verify.py`` takes; None skips verification.
         flip: add the embedding of the mirrored face.
         bootstrap: replicates for the intervals.
-        people: subsets to report besides all people, such as ``21-40``.
+        people: subsets to report besides all people, such as ``21-40``; None takes those of att-faces whom nothing here
+            was tuned on, 21-40, and none of other benchmarks.
     """
 
     benchmark: str | None = "att-faces"
     flip: bool = False
     bootstrap: int = 1000
-    people: list[str] = field(default_factory=lambda: ["21-40"])
+    people: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bootstrap < 0:
+            raise InputError(f"verification.bootstrap is {self.bootstrap}; it cannot be negative")
+
+    def subsets(self) -> list[str]:
+        """The subsets of people to report besides all."""
+        if self.people is None:
+            return ["21-40"] if self.benchmark == "att-faces" else []
+        return self.people
 
 
 @dataclass
@@ -130,7 +148,7 @@ class Run:
         optimizer: how weights move.
         steps, batch_size: length of the run, and faces per step over all processes.
         ema: decay of the running average of the student that is saved and verified; 0 saves the last weights.
-        seed: of everything random.
+        seed: of initial weights, the order of faces, latents and augmentation. Losses that draw have their own.
         precision: ``auto`` takes bf16 where the device computes it natively, else fp32.
         device: ``auto`` takes a GPU when there is one.
         compile: let torch.compile fuse the student.
@@ -139,6 +157,8 @@ class Run:
         keep_checkpoints: how many of the latest stay.
         validation, verification: comparisons along the way and at the end.
         tensorboard: write TensorBoard events to ``output/tensorboard`` too.
+        deterministic: on a GPU, take slower algorithms that give the same bits every time, as those of CPUs do.
+        show_real_faces: let the report show training faces of real people too.
     """
 
     teacher: str
@@ -169,6 +189,8 @@ class Run:
     validation: Validation = field(default_factory=Validation)
     verification: Verification = field(default_factory=Verification)
     tensorboard: bool = True
+    deterministic: bool = False
+    show_real_faces: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):

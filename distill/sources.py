@@ -119,6 +119,10 @@ class Source(ABC):
     def sample(self, count: int) -> Tensor:
         """About ``count`` training faces, uint8, for the report."""
 
+    def generated(self, count: int) -> Tensor:
+        """The same, of its faces of nobody alone; ``[0, 3, 1, 1]`` if it has none."""
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8) if self.real else self.sample(count)
+
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """Where the faces come from, for the provenance of the run."""
@@ -275,12 +279,12 @@ class CorpusSource(Rows):
         return str(self.path)
 
     def write(self) -> None:
-        if self.recipe is None:
-            return
-        from synth.generate import generate, read_settings
+        if self.recipe is not None:
+            from synth.generate import generate, read_settings
 
-        settings = read_settings(["--config", str(recipe(self.recipe)), "--output", self.path])
-        generate(settings)
+            generate(read_settings(["--config", str(recipe(self.recipe)), "--output", self.path]))
+        # The record of the run names these faces by the hashes in the manifest.
+        Corpus(self.path).verify()
 
     def prepare(self, place: Place) -> None:
         self.corpus = Corpus(self.path)

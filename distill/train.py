@@ -7,31 +7,34 @@ that was stopped, however rudely, goes on when the same command is given again.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import faceless
-from distill.checkpoints import Checkpoints, Metrics, check_same_settings
-from distill.finish import finish, load_benchmark
+from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
+from distill.finish import finish, load_benchmark, make_record, reals
 from distill.global_norm import globalize
 from distill.identities import stored
 from distill.mixtures import MixtureSource
 from distill.muon import Muon
 from distill.objective import Objective
-from distill.settings import Optimizer, Run
+from distill.settings import Optimizer, Run, Student
 from distill.sources import Place, Rows
 from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher
 from distill.validation import Validator
+from faceless import processes
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
@@ -72,13 +75,16 @@ def train(settings: Settings[Run]) -> Path:
     )
     run.source.prepare(place)
     check_labels(run, objective)
-    if run.source.real:
-        accelerator.print("\n  REAL FACES: this run trains on pictures of real people; its record says so.\n")
+    for reason in reals(run, untrained):
+        accelerator.print(f"\n  REAL FACES: {reason}; the record of this run says so.\n")
 
     teacher = make_teacher(run, teacher_net, objective, accelerator)
     identify(run, teacher, objective, accelerator)
+    record = make_record(run, teacher_net, untrained, benchmark)
+    check_same_record(output / "provenance.json", record)
     if main_process:  # only now: what was refused so far leaves no run behind
         atomic_write(output / "settings.yaml", settings.yaml())
+        atomic_write(output / "provenance.json", json.dumps(record, indent=1, default=str) + "\n")
     student = globalize(student.to(device).to(memory_format=torch.channels_last), device)
     objective.to(device)
     objective.watch(student.parameters())
@@ -185,13 +191,11 @@ def train(settings: Settings[Run]) -> Path:
                 since, since_step = time.perf_counter(), step
             if step % run.checkpoint_every == 0 or step == run.steps:
                 save()
-    accelerator.end_training()
+    final = average if run.ema else accelerator.unwrap_model(student)
     accelerator.wait_for_everyone()
-
+    accelerator.end_training()  # the processes part here
     if main_process:
-        final = average if run.ema else accelerator.unwrap_model(student)
-        finish(run, output, teacher, final, untrained, bare_objective, benchmark)
-    accelerator.wait_for_everyone()
+        finish(run, output, record, teacher, final, untrained, bare_objective, benchmark)
     return output
 
 
@@ -209,9 +213,20 @@ def start(run: Run) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with="tensorboard" if run.tensorboard else None,
         project_dir=run.output,
+        kwargs_handlers=[
+            # One process writes the corpus while the others wait.
+            InitProcessGroupKwargs(timeout=timedelta(days=7)),
+            # Statistics and memories are the same everywhere by their own doing.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
+    if accelerator.num_processes > 1:
+        accelerator.print(f"{accelerator.num_processes} processes on {accelerator.device.type}")
     set_seed(run.seed)  # initial weights; nothing later draws from the global state
-    torch.backends.cudnn.benchmark = True
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not run.deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
 
@@ -227,7 +242,7 @@ def native_precision(cpu: bool) -> str:
 def make_student(run: Run, teacher: Recognizer) -> Recognizer:
     """The student, framed as its teacher is: both see the same crops."""
     if run.student.start is not None:
-        return faceless.load(run.student.start)
+        return load_start(run.student, teacher)
     return faceless.create(
         run.student.name,
         embedding_dim=run.student.embedding_dim or teacher.embedding_dim,
@@ -236,6 +251,31 @@ def make_student(run: Run, teacher: Recognizer) -> Recognizer:
         seed=run.seed,
         **run.student.options,
     )
+
+
+def load_start(wanted: Student, teacher: Recognizer) -> Recognizer:
+    """The trained recognizer to go on from.
+
+    Raises:
+        InputError: it is not what the settings of the student describe, or saw other crops than the teacher.
+    """
+    student = faceless.load(wanted.start or "")
+    plain = Student()
+    found = {"name": student.name, "embedding_dim": student.embedding_dim, "input_size": student.spec.height}
+    for key, value in found.items():
+        if getattr(wanted, key) not in (value, getattr(plain, key)):
+            raise InputError(
+                f"student.{key} is {getattr(wanted, key)}, and that of {wanted.start} is {value}: leave it out"
+            )
+    if any(student.options.get(key) != value for key, value in wanted.options.items()):
+        raise InputError(f"student.options are not those of {wanted.start}: leave them out")
+    framings = {student.spec.framing, teacher.spec.framing} - {None}
+    if len(framings) > 1:
+        raise InputError(
+            f"{wanted.start} was trained on faces framed for {student.spec.framing}, and the teacher on "
+            f"{teacher.spec.framing}: both see the same crops; start from another student"
+        )
+    return student
 
 
 def make_objective(run: Run, student: Recognizer, teacher: Recognizer) -> Objective:
@@ -329,13 +369,18 @@ def identify(run: Run, teacher: FrozenTeacher, objective: Objective, accelerator
         kind = "plain" if mean is None else "centered"
         path = teacher.folder / f"identities-{run.pseudo_identities}-{kind}-seed{run.seed}.npy"
         with accelerator.main_process_first():
-            embeddings = teacher.embeddings()
-            labels = stored(path, embeddings if mean is None else embeddings - mean, run.pseudo_identities, run.seed)
+            labels = stored(path, lambda: centered(teacher, mean), run.pseudo_identities, run.seed)
         # Faces that are held out have none.
         source.label(torch.cat((labels, labels.new_full((source.total() - source.size,), -1))))
     if objective.needs_centers:
         assert source.labels is not None
         objective.prime(teacher.class_centers(source.labels[: source.size], source.classes, mean))
+
+
+def centered(teacher: CachedTeacher, mean: Tensor | None) -> Tensor:
+    """``[size, D]``: cached embeddings, less their mean if there is one."""
+    embeddings = teacher.embeddings()
+    return embeddings if mean is None else embeddings.sub_(mean)
 
 
 def make_optimizer(
@@ -396,11 +441,11 @@ def stop_if_broken(broken: Tensor, checkpoints: Checkpoints, accelerator: Accele
         InputError: naming the step and the last good checkpoint.
     """
     # Any process's bad step stops all of them, so that none waits for the others.
-    first = int(accelerator.reduce((broken >= 0).to(torch.int64) * (broken + 1), "sum"))
-    if first:
+    steps = [step for step in accelerator.gather(broken.reshape(1)).tolist() if step >= 0]
+    if steps:
         paths = checkpoints.paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there was no checkpoint yet"
-        step = int(broken) if int(broken) >= 0 else first - 1
+        step = min(steps)
         raise InputError(
             f"step {step}: the loss or its gradient is not a finite number; {kept}; "
             f"lower optimizer.lr, raise optimizer.warmup or use precision fp32"
@@ -408,4 +453,5 @@ def stop_if_broken(broken: Tensor, checkpoints: Checkpoints, accelerator: Accele
 
 
 if __name__ == "__main__":
+    command(processes.spread)()
     command(main)()

@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import faceless
 from distill.augment import Augment
@@ -42,6 +41,7 @@ from faceless.randomness import Rng
 from faceless.recognizer import Output
 from synth.generators.dcgan import DCGAN
 
+ROOT = Path(__file__).resolve().parents[2]
 STUDENT = yaml.safe_load((ROOT / "distill/recipes/quickstart.yaml").read_text())["student"]
 
 

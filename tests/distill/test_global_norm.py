@@ -6,20 +6,24 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
 from distill.global_norm import globalize
+from faceless.errors import InputError
 
 
 def network() -> nn.Module:
+    layers = pytest.importorskip("timm.layers")
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
         nn.ReLU(),
+        layers.BatchNormAct2d(4, act_layer=nn.SiLU),
         nn.Flatten(),
         nn.Linear(64, 5),
         nn.BatchNorm1d(5, affine=False),
@@ -69,3 +73,23 @@ def test_one_process_is_untouched() -> None:
     net = network()
     assert globalize(net, torch.device("cpu")) is net
     assert type(net[1]) is nn.BatchNorm2d
+
+
+class StrangeNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_batch_norms_of_unknown_make_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.global_norm.processes", lambda: 2)
+    with pytest.raises(InputError, match="0 is a StrangeNorm"):
+        globalize(nn.Sequential(StrangeNorm(3)), torch.device("cpu"))
+
+
+def test_activations_stay_where_pytorch_synchronizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.global_norm.processes", lambda: 2)
+    net = network().eval()
+    x = batch()[0]
+    before = net(x)
+    moved = globalize(net, torch.device("cuda"))
+    assert type(moved[1]) is nn.SyncBatchNorm
+    torch.testing.assert_close(moved(x), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +21,8 @@ import yaml
 import faceless
 from distill.train import main
 from faceless.errors import command
+from faceless.recognizer import resize
+from synth.corpus import Corpus
 from tests.distill.test_sources import folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +161,7 @@ def test_a_corpus_is_written_first_and_a_teacher_cache_changes_nothing(
     assert student_bytes(again) == student_bytes(tmp_path / "cached")
     main([*common, "--output", str(tmp_path / "plain"), "--center", "false"])
     main([*common, "--output", str(tmp_path / "kept"), "--center", "false", "--teacher_cache", str(tmp_path / "cache")])
-    for a, b in zip(lines(tmp_path / "plain"), lines(tmp_path / "kept")):
+    for a, b in zip(lines(tmp_path / "plain"), lines(tmp_path / "kept"), strict=True):
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
@@ -243,13 +247,15 @@ def test_a_kill_at_a_random_moment(tmp_path: Path, teacher: Path) -> None:
 def test_two_processes_draw_the_same_faces_and_agree_in_loss(tmp_path: Path, teacher: Path) -> None:
     path = recipe(tmp_path, teacher, steps=20)
     main(["--config", str(path), "--output", str(tmp_path / "one")])
-    finished(launch(path, tmp_path / "two", processes=2))
+    assert "2 processes on cpu" in finished(launch(path, tmp_path / "two", processes=2))
+    for name in ("student/model.safetensors", "provenance.json", "report.html"):
+        assert (tmp_path / "two" / name).is_file()
     one, two = ([e for e in lines(tmp_path / name) if "loss" in e] for name in ("one", "two"))
     assert [e["step"] for e in one] == [e["step"] for e in two] == list(range(1, 21))
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), a["step"]
     checks = [[e["validation"] for e in lines(tmp_path / name) if "validation" in e] for name in ("one", "two")]
-    for a, b in zip(*checks):
+    for a, b in zip(*checks, strict=True):
         assert a["cosine"] == pytest.approx(b["cosine"], abs=2e-3)
 
 
@@ -262,6 +268,9 @@ MISTAKES = {
     "dimensions": (["--student.embedding_dim", "8", "--projection", "none"], "student.embedding_dim"),
     "no recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "uneven": (["--steps", "0"], "steps is 0"),
+    "no steps between validations": (["--validation.every", "0"], "every"),
+    "negative validation": (["--validation.faces", "-3"], "faces"),
+    "momentum": (["--optimizer.momentum", "1.5"], "momentum"),
     "absent benchmark": (["--verification.benchmark", "lfw-not-here"], "lfw-not-here"),
 }
 if not torch.cuda.is_available():
@@ -400,15 +409,89 @@ def test_a_mixture_with_real_faces_says_so_everywhere_and_verifies_on_other_peop
     assert parts["drawn"]["faces_per_batch"] == 6 and parts["drawn"]["real_faces"] is False
     config = json.loads((run / "student" / "config.json").read_text())["record"]
     assert config["real_faces_in_training"] and config["training_faces"]["parts"] == {"drawn": 0.75, "real": 0.25}
+    # No photograph of a real person gets into the report unasked.
+    shown = np.load(run / "faces.npz")["images"]
+    drawn = resize(Corpus(tmp_path / "corpus").images(range(48)).float(), 32, 32).round().byte().numpy()
+    assert len(shown) and all((face == drawn).all((1, 2, 3)).any() for face in shown)
     subsets = json.loads((run / "verification.json").read_text())["subsets"]
     assert list(subsets) == ["4-6"] and subsets["4-6"][0]["people"] == 3
     # The same, asking the teacher at every step, but for the mean.
     main(["--config", str(path), "--output", str(tmp_path / "a"), "--center", "false"])
     cached = ["--teacher_cache", str(tmp_path / "cache")]
     main(["--config", str(path), "--output", str(tmp_path / "b"), "--center", "false", *cached])
-    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
+    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_student_that_goes_on_brings_its_past_along(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, teacher, steps=2)
+    main(["--config", str(path), "--output", str(tmp_path / "first")])
+    start = str(tmp_path / "first" / "student")
+    capsys.readouterr()
+    main(["--config", str(path), "--output", str(tmp_path / "second"), "--student.start", start])
+    assert "REAL FACES" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "second" / "provenance.json").read_text())
+    assert record["real_faces_in_training"] is False
+    assert record["started_from"]["sha256"] == faceless.load(start).source["sha256"]
+    # Without a record, or with one of real people, nobody may be told that there were none.
+    for told, reason in ((None, "has no record"), (True, "was trained on real people")):
+        net = faceless.load(start)
+        faceless.save(net, tmp_path / "other", {} if told is None else {"real_faces_in_training": told})
+        again = tmp_path / f"third-{told}"
+        main(["--config", str(path), "--output", str(again), "--student.start", str(tmp_path / "other")])
+        assert "REAL FACES" in capsys.readouterr().out
+        assert reason in json.loads((again / "provenance.json").read_text())["real_faces_because"][0]
+        assert json.loads((again / "student" / "config.json").read_text())["record"]["real_faces_in_training"] is True
+    for wrong, named in (
+        (["--student.input_size", "48"], "student.input_size is 48"),
+        (["--student.options", "{widths: [4, 8]}"], "student.options"),
+    ):
+        with pytest.raises(SystemExit):
+            command(main)(["--config", str(path), "--output", str(tmp_path / "x"), "--student.start", start, *wrong])
+        assert named in capsys.readouterr().err
+
+
+def test_half_precision_with_a_student_of_another_dimension(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, steps=2, precision="bf16")
+    finished(launch(path, tmp_path / "run", "--student.embedding_dim", "8"))
+    assert faceless.load(tmp_path / "run" / "student").embedding_dim == 8
+
+
+def test_other_faces_or_another_teacher_under_the_same_name_are_refused(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    main(["--config", str(path)])
+    shutil.rmtree(tmp_path / "corpus")
+    settings = yaml.safe_load((tmp_path / "corpus.yaml").read_text()) | {"seed": 7}
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path), "--keep_checkpoints", "5"])
+    assert "names another source" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "corpus")
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(settings | {"seed": 0}))
+    net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=9, **TINY)
+    faceless.save(net, tmp_path / "teacher", {})
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path)])
+    assert "names another teacher" in capsys.readouterr().err
+
+
+def test_faces_that_were_changed_in_place_are_refused(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    main(["--config", str(path), "--steps", "1"])
+    shard = next((tmp_path / "corpus").rglob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path), "--steps", "1", "--output", str(tmp_path / "again")])
+    assert shard.name in capsys.readouterr().err
 
 
 def test_verifying_on_people_who_were_trained_on_is_refused(

@@ -1,0 +1,49 @@
+"""As many processes as the launcher was asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import psutil
+
+from faceless.errors import InputError
+
+
+def spread() -> None:
+    """Become the CPU processes that ``accelerate launch --cpu --num_processes N`` was asked for.
+
+    Accelerate starts one process on CPUs and leaves the others to MPI, so that N processes would silently be one. Here
+    the one replaces itself by PyTorch's own launcher. To be called first by a command that can run as several.
+
+    Raises:
+        InputError: several processes are wanted, and how many is not on the launcher's command line.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_PORT" in os.environ
+    if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"} & set(os.environ):
+        return
+    count = wanted(psutil.Process(os.getppid()).cmdline())
+    if count is None:
+        raise InputError(
+            "accelerate launch starts one process on CPUs: use torchrun --nproc_per_node N "
+            f"{sys.argv[0]}, or give --num_processes on the command line"
+        )
+    if count > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def wanted(command: list[str]) -> int | None:
+    """The ``--num_processes`` of a launcher's command line.
+
+    >>> wanted(["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py"])
+    2
+    >>> wanted(["accelerate", "launch", "--num-processes=3", "train.py"])
+    3
+    """
+    for text, following in zip(command, [*command[1:], ""]):
+        name, _, value = text.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            value = value or following
+            return int(value) if value.isdigit() else None
+    return None
