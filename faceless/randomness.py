@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_PIECE = 1 << 16  # samples of a permutation whose bits, some hundred bytes each, are in memory together
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,8 @@ class Rng:
 
     @classmethod
     def of(cls, seed: int, purpose: str, indices: Sequence[int] | range | Tensor, step: int = 0) -> Rng:
+        if isinstance(indices, range) and len(indices):  # as a sequence, it would become a list of Python numbers first
+            indices = torch.arange(indices.start, indices.stop, indices.step)
         return cls(seed, purpose, step, torch.as_tensor(indices, dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -110,5 +113,9 @@ class Rng:
 
 def permutation(seed: int, purpose: str, size: int, epoch: int = 0) -> Tensor:
     """``[size]`` int64: a random order of 0..size-1."""
-    bits = Rng.of(seed, purpose, range(size), step=epoch).bits(2)
-    return torch.argsort((bits[:, 0] << 31) ^ bits[:, 1], stable=True)
+    keys = torch.empty(size, dtype=torch.int64)
+    for first in range(0, size, _PIECE):
+        piece = keys[first : first + _PIECE]
+        bits = Rng.of(seed, purpose, range(first, first + len(piece)), step=epoch).bits(2)
+        torch.bitwise_xor(bits[:, 0] << 31, bits[:, 1], out=piece)
+    return torch.argsort(keys, stable=True)

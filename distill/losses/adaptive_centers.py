@@ -14,7 +14,7 @@ from distill.losses.margin import (
     check_negatives,
     margin_softmax,
     random_rows,
-    sampled_classes,
+    sampled_cosines,
 )
 from faceless.recognizer import Output
 
@@ -83,9 +83,9 @@ class _TeacherCenters(Loss):
             step = self.draws.step
             if self.training:
                 self.draws.step += 1
-            chosen, labels = sampled_classes(labels, self.classes, self.negatives, self.seed, step)
-            centers = centers[chosen]
-        cosines = F.normalize(S) @ F.normalize(centers).to(S.dtype).T
+            cosines, labels = sampled_cosines(S, centers, labels, self.negatives, self.seed, step)
+        else:
+            cosines = F.normalize(S) @ F.normalize(centers).to(S.dtype).T
         return margin_softmax(
             cosines, labels, kind=self.kind, scale=self.scale, margin=self.margin, gradient=self.gradient
         )

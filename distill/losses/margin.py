@@ -55,10 +55,13 @@ def margin_softmax(cosines: Tensor, labels: Tensor, *, kind: str, scale: float, 
     return labeled_mean(F.cross_entropy(logits, known.squeeze(1), reduction="none"), labels)
 
 
-def sampled_classes(labels: Tensor, classes: int, negatives: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def sampled_classes(
+    labels: Tensor, classes: int, negatives: int, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which classes a step looks at: those of the batch on any process, and random ones.
 
-    Every process finds the same ones. Time and memory are those of the classes found, not of all.
+    Every process finds the same ones. How many places there are depends on shapes alone, so that the host need not wait
+    for the device to count the classes.
 
     Args:
         labels: ``[B]`` of this process, -1 for none.
@@ -67,16 +70,30 @@ def sampled_classes(labels: Tensor, classes: int, negatives: int, seed: int, ste
         seed, step: of the draw.
 
     Returns:
-        The classes ``[C']``, ascending, and ``labels`` as places among them (-1 stays).
+        The classes ``[C']``, ascending, ``labels`` as places among them (-1 stays), and which places ``[C']`` repeat
+        the class before them and do not count.
 
     >>> sampled_classes(torch.tensor([7, 7, -1]), 9, 2, seed=0, step=0)
-    (tensor([6, 7, 8]), tensor([ 1,  1, -1]))
+    (tensor([6, 7, 7, 8, 8]), tensor([ 1,  1, -1]), tensor([False, False,  True, False,  True]))
     """
     drawn = Rng.of(seed, "negative classes", range(negatives), step).integers(classes, 1)
     drawn = drawn.flatten().to(labels.device)
     present = gather(labels)  # of all processes, so that they all use the same classes
-    chosen = torch.cat((torch.where(present < 0, drawn[0], present), drawn)).unique()
-    return chosen, torch.where(labels < 0, labels, torch.searchsorted(chosen, labels))
+    chosen = torch.cat((torch.where(present < 0, drawn[0], present), drawn)).sort().values
+    repeated = chosen.diff(prepend=chosen[:1] - 1) == 0
+    return chosen, torch.where(labels < 0, labels, torch.searchsorted(chosen, labels)), repeated
+
+
+def sampled_cosines(
+    S: Tensor, centers: Tensor, labels: Tensor, negatives: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines ``[B, C']`` of embeddings to the centers of `sampled_classes`, and the labels as their columns.
+
+    Those of repeated classes are -inf: they add nothing to a softmax.
+    """
+    chosen, labels, repeated = sampled_classes(labels, len(centers), negatives, seed, step)
+    cosines = F.normalize(S) @ F.normalize(centers[chosen]).to(S.dtype).T
+    return cosines.masked_fill(repeated, -math.inf), labels
 
 
 def check_negatives(negatives: int | None) -> int | None:
@@ -104,7 +121,7 @@ class _Head(Loss):
         self.centers = nn.Parameter(random_rows(classes, embedding_dim, seed, "class centers", std))
 
     def cosines(self, student: Output, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines ``[B, C']`` to the centers in use, and the labels as their columns (-1 stays)."""
+        """Cosines ``[B, C']`` to the centers in use, -inf for repeated ones, and labels as their columns (-1 stays)."""
         S = student.embedding
         if S.shape[1] != self.centers.shape[1]:
             raise ValueError(f"the centers have {self.centers.shape[1]} numbers, the embeddings {S.shape[1]}")
@@ -114,8 +131,7 @@ class _Head(Loss):
             step = self.step
             if self.training:
                 self.step += 1
-            chosen, labels = sampled_classes(labels, self.classes, self.negatives, self.seed, step)
-            centers = centers[chosen]
+            return sampled_cosines(S, centers, labels, self.negatives, self.seed, step)
         return F.normalize(S) @ F.normalize(centers.to(S.dtype)).T, labels
 
     def get_extra_state(self) -> Tensor:
@@ -138,7 +154,8 @@ class ArcFace(_Head):
         gradient: ``"straight-through"``: the margin moves values, not derivatives (InsightFace, OpenSphere).
             ``"exact"``: the formula's derivative, larger at small angles.
         negatives: random classes to compare with per step beside those of the batch (Partial FC: An et al., CVPR 2022);
-            None takes all C. Time and memory are B x classes compared.
+            None takes all C. The logits are then B x classes compared; the centers' gradient, and what the optimizer
+            keeps of it, stay C x D.
         seed: of the centers and of the random classes.
 
     Shape:
@@ -263,12 +280,14 @@ class SphereFace2(_Head):
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         assert labels is not None
         cosines, labels = self.cosines(student, labels)
+        repeated = cosines.isneginf()
+        cosines = cosines.masked_fill(repeated, 0)
         is_target = torch.zeros_like(cosines).scatter(1, labels.clamp(min=0).unsqueeze(1), 1)
         # (cos + 1) / 2 may round below 0, where a fractional power is not a number.
         moved = 2 * ((cosines + 1) / 2).clamp(min=0).pow(self.power) - 1 - self.margin * (2 * is_target - 1)
         if self.gradient == "straight-through":
             moved = cosines + (moved - cosines).detach()
         logits = self.scale * moved + self.bias.to(cosines.dtype)
-        weights = self.balance * is_target + (1 - self.balance) * (1 - is_target)
+        weights = (self.balance * is_target + (1 - self.balance) * (1 - is_target)).masked_fill(repeated, 0)
         terms = F.binary_cross_entropy_with_logits(logits, is_target, weight=weights, reduction="none")
         return labeled_mean(self.strength / self.scale * terms.sum(1), labels)

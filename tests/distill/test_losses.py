@@ -65,8 +65,8 @@ def held_fixed(name, loss, S, T, labels):
     head = loss.recognition if name == "unified-labels" else loss
     centers, places = head.centers.detach(), labels
     if name == "arcface-sampled":
-        chosen, places = sampled_classes(labels, 6, 2, head.seed, head.step)
-        centers = centers[chosen]
+        chosen = sampled_classes(labels, 6, 2, head.seed, head.step)[0].unique()
+        places, centers = torch.searchsorted(chosen, labels), centers[chosen]
     cosines0 = unit(S) @ unit(centers).T
     one_hot = torch.nn.functional.one_hot(places, len(centers)).to(S)
 

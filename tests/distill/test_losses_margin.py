@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.losses.adaptive_centers import AdaDistill, FrozenCenters, class_centers
-from distill.losses.margin import ArcFace, CosFace, SphereFace2, arc
+from distill.losses.margin import ArcFace, CosFace, SphereFace2, arc, sampled_classes
 from faceless.recognizer import Output
 from tests.distill.every_loss import faces, frozen_centers, value
 
@@ -108,6 +109,29 @@ def test_sampled_classes_are_those_of_the_batch_and_some_others(head):
     torch.testing.assert_close(value(small, S, T, places), result)
     (other,) = torch.autograd.grad(value(loss, S, T, labels), loss.centers)
     assert not torch.equal(other.abs().sum(1).nonzero().flatten(), touched)  # the next step draws others
+
+
+def test_the_number_of_sampled_classes_is_known_without_looking_at_the_labels():
+    """Where it is not, a GPU's host waits for the device in every step: fake tensors have no values to look at."""
+    with FakeTensorMode():
+        chosen, places, repeated = sampled_classes(torch.zeros(6, dtype=torch.int64), 1000, 50, 0, 3)
+    assert (chosen.shape, places.shape, repeated.shape) == ((56,), (6,), (56,))
+
+
+@pytest.mark.parametrize("head", [ArcFace, CosFace, SphereFace2])
+def test_classes_that_are_drawn_twice_count_once(head):
+    S, T, labels = faces(6, 8, 2)
+    labels[-1] = -1
+    sampled = head(embedding_dim=8, classes=40, negatives=39, seed=4)
+    chosen, places, repeated = sampled_classes(labels, 40, 39, 4, 0)
+    assert len(chosen) == 45 and 5 < repeated.sum() == 45 - len(set(chosen.tolist()))
+    assert torch.equal(chosen[places[:-1]], labels[:-1]) and places[-1] == -1
+    small = head(embedding_dim=8, classes=int((~repeated).sum()))
+    small.centers.data = sampled.centers.data[chosen.unique()]
+    if head is SphereFace2:
+        small.bias.data = sampled.bias.data
+    expected = torch.where(labels < 0, labels, torch.searchsorted(chosen.unique(), labels))
+    torch.testing.assert_close(value(sampled, S, T, labels), value(small, S, T, expected))
 
 
 def test_a_million_pseudo_identities_fit_a_step():

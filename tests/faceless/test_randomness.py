@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from faceless.randomness import Rng, permutation, philox4x32
 
@@ -129,6 +131,35 @@ def test_integers_stay_in_range_and_reach_all(high):
 @settings(deadline=None, max_examples=30)
 def test_permutation_is_one(size, epoch):
     assert sorted(permutation(0, "p", size, epoch).tolist()) == list(range(size))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor made had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)))])
+        return out
+
+
+def test_a_large_permutation_is_the_same_and_takes_no_more_memory_than_it_must():
+    size = (1 << 18) + 3
+    bits = Rng.of(5, "p", torch.arange(size), step=2).bits(2)
+    expected = torch.argsort((bits[:, 0] << 31) ^ bits[:, 1], stable=True)
+    tracemalloc.start()
+    with Largest() as largest:
+        found = permutation(5, "p", size, 2)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(found, expected)
+    assert largest.numbers <= 262_147 == size and held < 1 << 20
+
+
+@pytest.mark.parametrize("numbers", [range(5), range(7, 40, 3), range(4, 0, -1), range(3, 1), range(0)])
+def test_ranges_are_the_numbers_they_hold(numbers):
+    assert Rng.of(0, "r", numbers).indices.tolist() == list(numbers)
 
 
 def test_permutations_of_epochs_differ_and_repeat():
