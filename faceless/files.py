@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from faceless.errors import InputError
@@ -23,6 +24,22 @@ def sha256(path: str | Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder, by name, without the hidden ones, such as those that a killed command left unfinished."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def drop_unfinished(path: str | Path) -> None:
+    """Delete what commands that were killed while they wrote ``path`` left beside it.
+
+    For a file that only one process writes, before it does: another's unfinished file would go too.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".tmp-{'[0-9a-f]' * 12}-{escape(path.name[-200:])}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, sha256
+from faceless.files import atomic_path, sha256, visible
 from faceless.recognizer import Recognizer
 
 MAX_SIDE = 4096
@@ -46,7 +46,7 @@ class Faces:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.paths = sorted(self.folder.glob("data/*.parquet")) or sorted(self.folder.glob("*.parquet"))
+        self.paths = visible(self.folder, "data/*.parquet") or visible(self.folder, "*.parquet")
         if not self.paths:
             raise InputError(f"{folder}: holds no parquet shards; write a corpus with synth/generate.py first")
         try:

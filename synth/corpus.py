@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, atomic_write, sha256, writing
+from faceless.files import atomic_path, atomic_write, drop_unfinished, sha256, writing
+from faceless.threads import each
 
 FORMAT, VERSION = "faceless-corpus", 1
 ROW_GROUP = 256
@@ -163,6 +164,7 @@ class CorpusWriter:
         if self._file is None:
             total = -(-self.rows // self.shard_rows)
             self._name = f"data/train-{len(self.shards):05d}-of-{total:05d}.parquet"
+            drop_unfinished(self.folder / self._name)
             self._stack = ExitStack()
             self._path = self._stack.enter_context(atomic_path(self.folder / self._name))
             # Through a Python file: its errors carry the number that tells a full disk from others.
@@ -233,7 +235,8 @@ class Corpus:
         return list(self.manifest["columns"])
 
     def repair_hint(self) -> str:
-        return f"python synth/generate.py --config {self.folder / 'settings.yaml'} --repair true writes it again"
+        settings = self.folder / "settings.yaml"
+        return f"python synth/generate.py --config {settings} --output {self.folder} --repair true writes it again"
 
     def _size_problem(self, shard: dict[str, Any]) -> str | None:
         path = self.folder / shard["name"]
@@ -267,8 +270,8 @@ class Corpus:
         """
         where = self._where(rows)
         out = np.empty((len(where), self.height, self.width, 3), np.uint8)
-        for place, (shard, row) in enumerate(where):
-            self._decode(shard, row, out[place])
+        data = [self._shard(shard).image(row) for shard, row in where]
+        each(lambda place: self._decode(*where[place], data[place], out[place]), range(len(where)))
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     def encoded(self, rows: Tensor | Sequence[int]) -> list[bytes]:
@@ -316,8 +319,7 @@ class Corpus:
             self._maps[number] = _Shard(self.folder / shard["name"], shard["rows"], self.columns, self.repair_hint())
         return self._maps[number]
 
-    def _decode(self, shard: int, row: int, out: np.ndarray) -> None:
-        data = self._shard(shard).image(row)
+    def _decode(self, shard: int, row: int, data: bytes, out: np.ndarray) -> None:
         what = f"{self.folder / self.shards[shard]['name']}: row {row}"
         try:
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, atomic_write, sha256
+from faceless.files import atomic_path, atomic_write, drop_unfinished, sha256, visible
 
 
 def test_sha256_of_more_than_one_piece(tmp_path):
@@ -29,6 +29,17 @@ def test_a_failing_block_leaves_the_old_content_and_no_temporary_file(tmp_path):
         raise ZeroDivisionError
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f.bin"]
+
+
+def test_what_killed_commands_left_is_skipped_and_deleted(tmp_path):
+    with atomic_path(tmp_path / "a[1].bin") as torn:
+        torn.write_bytes(b"whole")
+    other = torn.with_name(torn.name.replace("a[1]", "b"))
+    for path in (torn, other):  # as a kill would have left them
+        path.write_bytes(b"torn")
+    assert visible(tmp_path, "*.bin") == [tmp_path / "a[1].bin"]
+    drop_unfinished(tmp_path / "a[1].bin")
+    assert not torn.exists() and other.exists() and (tmp_path / "a[1].bin").exists()
 
 
 def test_temporary_name_keeps_the_suffix_in_the_same_folder(tmp_path):

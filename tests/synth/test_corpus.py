@@ -12,6 +12,7 @@ from PIL import Image
 
 from faceless.errors import InputError
 from faceless.files import sha256
+from mining.faces import Faces
 from synth.corpus import ROW_GROUP, Corpus, CorpusWriter, encode, schema, table, write_manifest
 
 ROWS, SIDE = 600, 20
@@ -201,6 +202,17 @@ def test_writer_needs_no_more_rows_than_it_was_promised(tmp_path):
     corpus = Corpus(write(tmp_path, rows=300, shard_rows=100))
     assert len(corpus) == 300 and [s["rows"] for s in corpus.shards] == [100, 100, 100]
     assert corpus.column("index").tolist() == list(range(300))
+
+
+def test_what_a_killed_writer_left_is_no_shard_and_goes_when_the_shard_is_written(tmp_path):
+    for number in (0, 2):
+        left = tmp_path / f"data/.tmp-0123456789ab-train-{number:05d}-of-00003.parquet"
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"PAR1 torn")
+    corpus = Corpus(write(tmp_path))
+    assert [p.name for p in sorted((tmp_path / "data").iterdir())] == [s["name"][5:] for s in corpus.shards]
+    left.write_bytes(b"PAR1 torn")
+    assert len(Faces(tmp_path)) == ROWS
 
 
 def test_no_corpus(tmp_path):
