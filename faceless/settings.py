@@ -2,29 +2,36 @@
 
 The settings of a command are a dataclass; jsonargparse does the parsing and the type checks. Components are named by
 class (``class_path``) with their constructor arguments (``init_args``).
+
+Settings come with corpora and runs, so a stranger may have written them: they name classes of this project only. Other
+packages are allowed by whoever gives the command, in the environment variable ``FACELESS_ALLOW`` (names with commas
+between them); and what runs a stranger's code, `COMMAND_LINE_ONLY`, is accepted from the command line alone.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from faceless.errors import InputError, suggest
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("faceless", "synth", "mining", "distill", "eval")
+COMMAND_LINE_ONLY = ("trust_remote_code",)
 
 
 class Settings(Generic[T]):
@@ -85,13 +92,47 @@ def parse(
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later options override it")
     parser.add_class_arguments(cls, None)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             namespace = parser.parse_args([_located(a, before) for a, before in zip(arguments, ["", *arguments])])
     except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(_one_line(str(error), arguments, parser)) from error
+    said = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
+    for key in _insisting(namespace):
+        if key.replace(".init_args.", ".") not in [name.replace(".init_args.", ".") for name in said]:
+            raise InputError(
+                f"{key}: lets code that is not of this project run, and a file cannot ask for that; "
+                f"if you have read that code and trust it, add --{key} true to the command"
+            )
     return Settings(parser, namespace, cls)
+
+
+def allowed() -> list[str]:
+    """Packages whose classes settings may name.
+
+    Raises:
+        InputError: ``FACELESS_ALLOW`` holds something that is no name of a package or module.
+    """
+    others = [name.strip() for name in os.environ.get("FACELESS_ALLOW", "").split(",") if name.strip()]
+    for name in others:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(f"FACELESS_ALLOW: {name!r} is no name of a package; write package,package")
+    return [*PACKAGES, *others]
+
+
+def _insisting(found: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys of `COMMAND_LINE_ONLY` that are set."""
+    if isinstance(found, (Namespace, dict)):
+        for name, value in vars(found).items() if isinstance(found, Namespace) else found.items():
+            dotted = f"{key}.{name}" if key else str(name)
+            if str(name) in COMMAND_LINE_ONLY and value:
+                yield dotted
+            yield from _insisting(value, dotted)
+    elif isinstance(found, (list, tuple)):
+        for place, value in enumerate(found):
+            yield from _insisting(value, f"{key}.{place}")
 
 
 def recipe(path: str | Path) -> Path:
@@ -121,15 +162,22 @@ def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str
     where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     where += [after for a, after in pairwise(arguments) if a == "--config"]
     path, classes, rest = [], [], ""
+    denied = re.search(r"Importing '([^']*)' is not allowed", message)
     for line in (part.strip() for part in message.splitlines()):
         if key := re.match(r'Parser key "([^"]*)":', line):
             path.append(key[1])
             rest = line[key.end() :].strip()
-        elif given := re.match(r"Problem with given class_path '([^']*)':", line):
+        elif not denied and (given := re.match(r"Problem with given class_path '([^']*)':", line)):
             classes.append(given[1])
             path.append("init_args") if path and not _is_dataclass(given[1]) else None
         elif line:
             rest = f"{rest} {line}".strip()
+    if denied:
+        package = denied[1].partition(".")[0]
+        rest = (
+            f"{denied[1]} is not of this project, and settings may come from strangers; "
+            f"if you trust its code, set FACELESS_ALLOW={package} in the environment"
+        )
     unknown = re.search(r"[Oo]ption '([^']*)' is not accepted|does not accept option '([^']*)'", rest)
     flag = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", rest)
     if unknown or flag:

@@ -56,6 +56,7 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
     Raises:
         InputError: the folder holds another corpus, the disk is full, or hardly any candidate is accepted.
     """
+    complete(settings)  # refuses a folder of another corpus before anything that the settings name is built
     made = settings.build()
     folder = Path(made.output)
     content = recorded(settings, made)
@@ -80,15 +81,36 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
     return Corpus(folder)
 
 
-def recorded(settings: Settings[Generation], made: Generation) -> dict[str, Any]:
-    """The settings that make the corpus what it is; files in them by their SHA-256."""
+def complete(settings: Settings[Generation]) -> bool:
+    """Whether the corpus of these settings is there; looked up without its generator and teacher, which need not be.
+
+    Raises:
+        InputError: the folder holds another corpus.
+    """
+    folder = Path(settings.asdict()["output"])
+    if not (folder / "manifest.json").is_file():
+        return False
+    found = read_manifest(folder).get("settings")
+    before = {key: value for key, value in found.items() if key != "teacher_sha256"} if isinstance(found, dict) else {}
+    check_same(folder, before, described(settings))
+    return True
+
+
+def described(settings: Settings[Generation]) -> dict[str, Any]:
+    """The settings that make the corpus what it is, as they are written; the file of latents by its SHA-256."""
     content = {key: value for key, value in settings.asdict().items() if key not in INCIDENTAL}
     defaults = {field.name: field.default for field in fields(Generation)}
     content = {key: value for key, value in content.items() if key not in LATER or value != defaults[key]}
-    if made.around is not None:
-        if not Path(made.around).is_file():
-            raise InputError(f"{made.around}: no such file of latents to draw near")
-        content["around"] = f"sha256 {sha256(made.around)}"
+    if (around := content.get("around")) is not None:
+        if not Path(around).is_file():
+            raise InputError(f"{around}: no such file of latents to draw near")
+        content["around"] = f"sha256 {sha256(around)}"
+    return content
+
+
+def recorded(settings: Settings[Generation], made: Generation) -> dict[str, Any]:
+    """The settings that make the corpus what it is; files in them by their SHA-256."""
+    content = described(settings)
     if made.teacher is not None:
         content["teacher_sha256"] = teacher(made.teacher, made.device).source["sha256"]
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ class Drawing:
     title: str = "none"
     pen: Pen = field(default_factory=Pen)
     extras: dict[str, Any] = field(default_factory=dict)
+
+
+class Trusting(Shape):
+    """One that would run code."""
+
+    def __init__(self, *, trust_remote_code: bool = False):
+        self.trust_remote_code = trust_remote_code
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACELESS_ALLOW", __name__)
 
 
 SQUARE = {"class_path": f"{__name__}.Square", "init_args": {"side": 2}}
@@ -90,6 +103,72 @@ def test_mistakes_name_file_key_and_cure(tmp_path: Path, keys: dict, arguments: 
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+FOREIGN = "{name}.Shape"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"shape": FOREIGN},
+        {"shape": {"class_path": FOREIGN}},
+        {"shape": "{{class_path: " + FOREIGN + "}}"},
+        {"shape": {"class_path": FOREIGN, "init_args": {"side": 1}}},
+        {"shape.class_path": FOREIGN},
+    ],
+)
+def test_a_file_cannot_have_a_module_of_another_package_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict
+) -> None:
+    module = f"foreign_{tmp_path.name}"
+    mark = tmp_path / "executed"
+    (tmp_path / f"{module}.py").write_text(
+        f"from {__name__} import Shape as Base\n"
+        f"open({str(mark)!r}, 'w').close()\n"
+        "class Shape(Base):\n    def __init__(self, *, side: float = 0): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = yaml.safe_dump(given).replace("{{", "{").replace("}}", "}").replace("{name}", module)
+    (tmp_path / "drawing.yaml").write_text(text)
+    arguments = ["--config", str(tmp_path / "drawing.yaml")]
+    with pytest.raises(InputError, match=rf"drawing\.yaml: .*{module}.*set FACELESS_ALLOW={module}"):
+        parse(Drawing, arguments)
+    assert not mark.exists() and module not in sys.modules
+    monkeypatch.setenv("FACELESS_ALLOW", f"{__name__}, {module}")
+    assert type(parse(Drawing, arguments).build().shape).__module__ == module
+    assert mark.exists()
+
+
+def test_what_is_allowed_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACELESS_ALLOW", "*")
+    with pytest.raises(InputError, match=r"FACELESS_ALLOW: '\*' is no name"):
+        parse(Drawing, write(tmp_path))
+
+
+TRUSTING = {"class_path": f"{__name__}.Trusting", "init_args": {"trust_remote_code": True}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"shape": TRUSTING},
+        {"shape": TRUSTING | {"init_args": {"trust_remote_code": "true"}}},
+        {"shape": yaml.safe_dump(TRUSTING, default_flow_style=True)},
+        {"shape.class_path": TRUSTING["class_path"], "shape.init_args.trust_remote_code": True},
+        {"extras": {"trust_remote_code": True}},
+    ],
+)
+def test_foreign_code_is_trusted_on_the_command_line_only(tmp_path: Path, given: dict) -> None:
+    arguments = write(tmp_path, **given)
+    if "shape.class_path" in given:
+        (tmp_path / "drawing.yaml").write_text(yaml.safe_dump(given))
+    key = "extras.trust_remote_code" if "extras" in given else "shape.init_args.trust_remote_code"
+    with pytest.raises(InputError, match=rf"{key}: .*a file cannot ask for that.*add --{key} true"):
+        parse(Drawing, arguments)
+    for option in [f"--{key}=true"] + ([] if "extras" in given else ["--shape.trust_remote_code=true"]):
+        assert parse(Drawing, [*arguments, option]).build()
+    assert parse(Drawing, [*arguments, f"--{key}", "false"]).build()
 
 
 def test_text_that_is_no_yaml(tmp_path: Path) -> None:

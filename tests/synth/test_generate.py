@@ -22,7 +22,7 @@ from faceless import align
 from faceless.errors import InputError
 from faceless.randomness import Rng
 from synth.corpus import Corpus
-from synth.generate import generate, read_settings
+from synth.generate import complete, generate, read_settings
 from synth.generators.dcgan import DCGAN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,20 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpora") / "small"
     generate(settings(folder), progress=False)
     return folder
+
+
+def test_a_folder_is_looked_at_before_anything_that_the_settings_name_is_built(small, tmp_path):
+    """Settings may come with a stranger's corpus, and a finished corpus may be all that a machine has."""
+    shutil.copytree(small, tmp_path / "copy")
+    assert complete(settings(tmp_path / "copy")) and not complete(settings(tmp_path / "new"))
+    other = {"class_path": "synth.generators.dcgan.DCGAN", "init_args": {"weights": str(tmp_path / "missing.pth")}}
+    with pytest.raises(InputError, match="holds a corpus with generator"):
+        generate(settings(tmp_path / "copy", generator=other, repair=True))
+    (tmp_path / "copy/manifest.json").write_text(
+        json.dumps(json.loads((small / "manifest.json").read_text()) | {"settings": None})
+    )
+    with pytest.raises(InputError, match="holds a corpus with"):
+        generate(settings(tmp_path / "copy"))
 
 
 def test_corpus_holds_what_the_generator_makes(small):
