@@ -27,7 +27,7 @@ def datasheet(manifest: dict[str, Any]) -> str:
     people = "- No identity, age, sex or other attribute is recorded, and none was estimated."
     if "identity" in manifest["columns"]:
         people = (
-            "- `identity` numbers the invented people whom the generator was told to show; whether it did was not "
+            f"- `identity` numbers {whom(generator)} whom the generator was told to show; whether it did was not "
             "checked.\n- No age, sex or other attribute is recorded, and none was estimated."
         )
     more = ""
@@ -85,6 +85,21 @@ photographs of consenting people for that.
 ## Maintenance
 Written by faceless with {versions}. The same settings, versions and kind of processor give the same bytes.
 """
+
+
+def whom(generator: dict[str, Any]) -> str:
+    """Who the people of a corpus with identities are, as far as its record tells."""
+    if "contexts_sha256" not in generator:
+        return "the classes that the generator was trained on, **which may be real people**,"
+    source = generator.get("identities_from")
+    if source is None:
+        return "the invented people"
+    told = {
+        True: "**the real people**",
+        False: "the people, invented as whoever wrote the corpus says,",
+        None: "the people, **real or not: that is not recorded**,",
+    }[source["real"]]
+    return f"{told} of a file of vectors (SHA-256 {source['file_sha256']})"
 
 
 def contact_sheet(images: Sequence[bytes], columns: int = 16, tile: int = 96) -> bytes:

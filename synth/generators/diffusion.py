@@ -66,6 +66,8 @@ class Contexts:
             apart by themselves.
         dim: of the vectors drawn; null for that of the network's cross-attention.
         seed: of the identities drawn.
+        real: of a file, whether its vectors are embeddings of real people; null if that is not known. What a generator
+            makes from a person's embedding shows that person; the record of the corpus and of the run says so.
         token: a word of ``prompt`` whose embedding is replaced by the identity's, padded with zeros (Arc2Face, arXiv
             2403.11641: ``id`` in ``photo of a id person``). Null gives the vectors to the network directly.
     """
@@ -77,6 +79,7 @@ class Contexts:
     min_angle: float = 60.0
     dim: int | None = None
     seed: int = 0
+    real: bool | None = None
     token: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +87,18 @@ class Contexts:
             raise InputError("contexts.count is null; say how many identities to draw, or give contexts.file")
         if self.count is not None and not 1 <= self.count <= 1 << 24:
             raise InputError(f"contexts.count is {self.count}; it must be from 1 to {1 << 24}")
+        if self.real and self.file is None:
+            raise InputError("contexts.real is about a file's vectors; those drawn are nobody's")
         if not 0 <= self.min_angle < 180:
             raise InputError(f"contexts.min_angle is {self.min_angle}; it must be from 0 to 180 degrees")
         if self.dim is not None and not 2 <= self.dim <= 1 << 16:
             raise InputError(f"contexts.dim is {self.dim}; it must be from 2 to 65536")
+
+    def origin(self) -> dict[str, Any]:
+        """Whom the vectors stand for, for the record: people whom nobody invented, as far as anybody knows, or none."""
+        if self.file is None:
+            return {}
+        return {"identities_from": {"file_sha256": sha256(self.file), "real": self.real}}
 
     def vectors(self, dim: int) -> Tensor:
         """``[K, D]`` float32; drawn ones have ``self.dim`` or else ``dim`` numbers."""
@@ -258,7 +269,7 @@ class Diffusion(Generator):
             "weights_sha256": digest(folder, [name for name in PARTS if name in parts]),
             "scheduler": self._scheduler.__name__,
             "steps": steps,
-        }
+        } | ({} if contexts is None else contexts.origin())
         self.eval().requires_grad_(False)
 
     def _condition(

@@ -15,8 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from faceless.errors import InputError
+from faceless.files import sha256
 from faceless.randomness import Rng
 from synth.corpus import Corpus
+from synth.datasheet import whom
 from synth.generate import generate, read_settings
 from synth.generators.diffusion import SCHEDULERS, Contexts, Diffusion, Draws, spread
 
@@ -300,6 +302,7 @@ def test_classes_are_identities(folders):
     net = Diffusion(str(folders / "classes"), steps=2)
     z = noise(net, 5)
     assert net.identities == 3 and net.identity(z).tolist() == [0, 1, 2, 0, 1]
+    assert "may be real people" in whom(net.provenance())
     as_other = z.clone()
     as_other[0, -1] = 2
     assert not torch.equal(net.synthesize(z[:1]), net.synthesize(as_other[:1]))
@@ -354,6 +357,13 @@ def test_identities_from_a_parquet_column(folders, tmp_path):
             "contexts_sha256"
         ]
     )
+    for real, told in ((None, "real or not: that is not recorded"), (True, "the real people"), (False, "invented as")):
+        given = Contexts(people, "who", real=real)
+        record = Diffusion(str(folders / "identities"), steps=2, contexts=given).provenance()
+        assert record["identities_from"] == {"file_sha256": sha256(people), "real": real}
+        assert told in whom(record) and sha256(people) in whom(record)
+    with pytest.raises(InputError, match="those drawn are nobody's"):
+        Contexts(count=3, real=True)
     for options, line in (
         ({"column": "name"}, "no column 'name'; it has who, age"),
         ({"column": "age"}, "not readable as lists"),
@@ -546,6 +556,7 @@ def test_a_corpus_from_diffusion(folders, tmp_path):
     net = Diffusion(str(folders / "identities"), steps=2, contexts=Contexts(count=5))
     assert (corpus.images(range(4)) - net.synthesize(corpus.latents(range(4)))).abs().max() <= 0.51
     assert corpus.manifest["generator"]["scheduler"] == "PNDMScheduler"
+    assert "numbers the invented people" in (tmp_path / "one/DATASHEET.md").read_text()
     assert "diffusers" in corpus.manifest["versions"]
     again = write("two", 2)
     assert [s["sha256"] for s in again.shards] == [s["sha256"] for s in Corpus(tmp_path / "one").shards]
