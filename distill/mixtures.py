@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.sources import Batch, Place, Rows, Source
+from distill.sources import Batch, Place, Rows, Source, pinned
 from faceless.errors import InputError
 from faceless.randomness import Rng
 from faceless.recognizer import Output, Recognizer, resize
@@ -108,6 +108,10 @@ class MixtureSource(Source):
         """All parts that are read from, the one that only validation reads among them."""
         return self.sources | self.aside
 
+    def check_framing(self, wanted: str) -> str | None:
+        notices = [source.check_framing(wanted) for source in self.everyone.values()]
+        return "\n".join(notice for notice in notices if notice) or None
+
     def write(self) -> None:
         for source in self.everyone.values():
             source.write()
@@ -192,7 +196,7 @@ class MixtureSource(Source):
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise InputError(f"the parts' faces differ in size ({listed}): set source.init_args.size")
         if all(x.dtype == torch.uint8 and x.device.type == "cpu" for x in faces.values()):
-            return torch.cat(list(faces.values()))[self.order]
+            return pinned(torch.cat(list(faces.values()))[self.order], self.place.device)
         device = self.place.device
         mixed = torch.cat([x.to(device, torch.float32, non_blocking=True) for x in faces.values()])
         return mixed[self.order.to(device)]

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,17 +28,23 @@ from torch import Tensor
 
 from distill.gather import gather
 from eval import benchmarks
+from eval.benchmarks.folder import listing, square
+from eval.benchmarks.prepare import crops, read_image
 from faceless import align
 from faceless.errors import InputError, suggest
-from faceless.files import sha256
+from faceless.files import sha256, visible
 from faceless.randomness import Rng, permutation
-from faceless.recognizer import MAX_SIDE, Output, Recognizer, resize
-from faceless.settings import recipe
+from faceless.recognizer import MAX_SIDE, Output, Recognizer
+from faceless.settings import Settings, recipe
+from faceless.threads import each
 from mining.resampling import Around, Resampling
-from synth.corpus import Corpus
+from synth.corpus import Corpus, read_manifest
 from synth.generators.base import Generator
+from synth.settings import Generation
 
 CPU = torch.device("cpu")
+KEPT = 2 << 30  # bytes of parquet row groups that stay in memory
+MAX_GROUP = 32 << 20  # bytes of a row group of a column that does not fit there: each face may cost the reading of one
 
 
 @dataclass
@@ -97,6 +107,33 @@ class Source(ABC):
         """Whose pictures it trains on, known before `prepare`: benchmarks or folders, and which people of each."""
         return []
 
+    def framing_known(self) -> str | None:
+        """How its faces are cut (see `faceless.align`), known before `write`; None where nobody says."""
+        return None
+
+    def check_framing(self, wanted: str) -> str | None:
+        """Compare how the faces are cut with what the teacher wants.
+
+        Returns:
+            A line to print when that cannot be known.
+
+        Raises:
+            InputError: they are cut otherwise.
+        """
+        found = self.framing_known()
+        if found is None:
+            return f"{self.name()}: does not say how its faces are cut; the teacher knows {wanted} crops"
+        if found != wanted:
+            raise InputError(
+                f"{self.name()}: its faces are {found[:40]} crops, and the teacher knows {wanted} crops; "
+                f"use faces of the {wanted} framing, or another teacher"
+            )
+        return None
+
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     def write(self) -> None:  # noqa: B027
         """Make on disk what is not there yet (a corpus); called once on one process, before `prepare`."""
 
@@ -158,7 +195,7 @@ class Rows(Source):
         self.views = views
         self.in_memory = in_memory
         self.labels: Tensor | None = None
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._orders: dict[int, Tensor] = {}
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._memory: Tensor | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -188,15 +225,12 @@ class Rows(Source):
                 f"{self.name()}: {self.total()} faces, of which {place.held_out} are held out, do not fill one batch "
                 f"of {place.batch_size}; add faces, or lower batch_size or validation.faces"
             )
-        self._reader = ThreadPoolExecutor(1, "faces")
+        self._reader, self._orders = ThreadPoolExecutor(1, "faces"), {}
         if self.labels is not None:
             self.label(self.labels)
         if self.in_memory:
             chunks = torch.arange(self.total()).split(1024)
             self._memory = torch.cat([self.read(rows) for rows in chunks])
-
-    def name(self) -> str:
-        return type(self).__name__
 
     def label(self, labels: Tensor) -> None:
         """Give every row an identity: ``[total]`` int64, -1 for none.
@@ -218,11 +252,19 @@ class Rows(Source):
         epochs = samples // self.size
         rows = torch.empty_like(samples)
         for epoch in epochs.unique().tolist():
-            if self._order[0] != epoch:
-                self._order = (epoch, permutation(self.place.seed, "order", self.size, epoch))
             chosen = epochs == epoch
-            rows[chosen] = self._order[1][samples[chosen] % self.size]
+            rows[chosen] = self._order(epoch)[samples[chosen] % self.size]
         return rows, epochs
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            # The two latest: around the end of an epoch, both are asked for several times.
+            latest = list(self._orders.items())[-1:]
+            self._orders = dict([*latest, (epoch, permutation(self.place.seed, "order", self.size, epoch))])
+        return self._orders[epoch]
+
+    def _next(self, rows: Tensor) -> Tensor:
+        return pinned(self.faces(rows), self.place.device)
 
     def augmentation(self, rows: Tensor, view: int) -> Rng:
         """What the augmentation of a view of these rows is drawn from."""
@@ -231,13 +273,13 @@ class Rows(Source):
     def batch(self, step: int) -> Batch:
         if self._reader is None:
             raise RuntimeError("prepare the source first")
-        rows, epochs = self.position(step)
+        rows, _ = self.position(step)
         ahead = self._ahead
-        images = ahead[1].result() if ahead is not None and ahead[0] == step else self.faces(rows)
+        images = ahead[1].result() if ahead is not None and ahead[0] == step else self._next(rows)
         # The next batch is read while this one is computed with.
-        self._ahead = (step + 1, self._reader.submit(self.faces, self.position(step + 1)[0]))
-        # A batch across the end of an epoch belongs to the view that it begins in: one view per batch.
-        epoch = int(epochs[0])
+        self._ahead = (step + 1, self._reader.submit(self._next, self.position(step + 1)[0]))
+        # A batch across the end of an epoch belongs to the view that the whole of it, over all processes, begins in.
+        epoch = step * self.place.batch_size // self.size
         view = epoch if self.views is None else epoch % self.views
         labels = None if self.labels is None else self.labels[rows]
         return Batch(images, self.augmentation(rows, view), labels, rows, view)
@@ -247,6 +289,11 @@ class Rows(Source):
 
     def sample(self, count: int) -> Tensor:
         return self.faces(torch.linspace(0, self.size - 1, min(count, self.size)).long())
+
+
+def pinned(images: Tensor, device: torch.device) -> Tensor:
+    """Where a GPU is to read ``images``: memory that it can copy from while the host goes on."""
+    return images.pin_memory() if device.type == "cuda" and images.device.type == "cpu" else images
 
 
 class CorpusSource(Rows):
@@ -280,17 +327,37 @@ class CorpusSource(Rows):
 
     def write(self) -> None:
         if self.recipe is not None:
-            from synth.generate import generate, read_settings
+            from synth.generate import complete, generate
 
-            generate(read_settings(["--config", str(recipe(self.recipe)), "--output", self.path]))
+            settings = self._settings()
+            if not complete(settings):
+                generate(settings)
         # The record of the run names these faces by the hashes in the manifest.
         Corpus(self.path).verify()
+
+    def _settings(self) -> Settings[Generation]:
+        from synth.generate import read_settings
+
+        return read_settings(["--config", str(recipe(str(self.recipe))), "--output", self.path])
+
+    def framing_known(self) -> str | None:
+        if self.recipe is None or (Path(self.path) / "manifest.json").is_file():
+            found = read_manifest(Path(self.path)).get("framing")
+        else:
+            found = (self._settings().asdict()["align"] or {}).get("framing")
+        return None if found is None else str(found)
 
     def prepare(self, place: Place) -> None:
         self.corpus = Corpus(self.path)
         self.real = bool(self.corpus.manifest.get("real_faces", True))
         if self.label_file is not None:
-            self.labels = read_labels(Path(self.label_file))[: self.total()]
+            labels = read_labels(Path(self.label_file))
+            if len(labels) != len(self.corpus):
+                raise InputError(
+                    f"{self.label_file}: {len(labels)} labels, and {self.path} has {len(self.corpus)} faces; "
+                    "labels of another corpus, or of this one before some of its faces were removed, fit nobody here"
+                )
+            self.labels = labels[: self.total()]
         elif "identity" in self.corpus.columns:
             self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)[: self.total()]
         super().prepare(place)
@@ -305,7 +372,16 @@ class CorpusSource(Rows):
         return self.corpus.fingerprint
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "corpus", "path": str(self.path), "faces": self.size, "manifest": self.corpus.manifest}
+        told: dict[str, Any] = {
+            "kind": "corpus",
+            "path": str(self.path),
+            "faces": self.size,
+            "fingerprint": self.fingerprint(),
+        }
+        generator = self.corpus.manifest.get("generator")
+        if isinstance(generator, dict) and "identities_from" in generator:
+            told["identities_from"] = generator["identities_from"]
+        return told | {"framing": self.framing_known(), "manifest": self.corpus.manifest}
 
 
 def read_labels(path: Path) -> Tensor:
@@ -326,7 +402,8 @@ class FolderSource(Rows):
         path: the folder, or the name of a benchmark such as ``att-faces``.
         people: train on these only, such as ``1-20``; a run refuses to verify on any of them. None takes all.
         framing, size: how and to what side faces are aligned (see `faceless.align`).
-        aligned: whether the images are crops of that framing already.
+        aligned: whether the images are crops of that framing already, which are then read when they are needed.
+            Photographs are cut at the start of a run, and their crops stay in memory.
         views, in_memory: see `Rows`.
     """
 
@@ -342,47 +419,88 @@ class FolderSource(Rows):
         size: int = 112,
         aligned: bool = False,
         views: int | None = None,
+        in_memory: bool = False,
     ):
-        super().__init__(views=views, in_memory=True)
+        super().__init__(views=views, in_memory=in_memory)
+        if framing not in align.FRAMINGS:
+            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
+        if not 16 <= size <= MAX_SIDE:
+            raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
         self.path, self.chosen, self.framing, self.side, self.aligned = path, people, framing, size, aligned
+        self.crops: Tensor | None = None
 
     def name(self) -> str:
         return str(self.path)
 
+    def framing_known(self) -> str:
+        return self.framing
+
     def prepare(self, place: Place) -> None:
-        self.benchmark = benchmarks.load(self.path, self.framing, self.side, align=not self.aligned)
-        if self.chosen is not None:
-            everybody = len(self.benchmark.names)
-            self.benchmark = self.benchmark.subset(benchmarks.parse_people(self.chosen, everybody))
-        self.labels = self.benchmark.identities
+        self.paths: list[Path] = []
+        if self.path in benchmarks.BENCHMARKS:
+            benchmark = benchmarks.load(self.path, self.framing, self.side)
+            if self.chosen is not None:
+                benchmark = benchmark.subset(benchmarks.parse_people(self.chosen, len(benchmark.names)))
+            self.crops, self.labels, self.names = benchmark.images, benchmark.identities, list(benchmark.names)
+        else:
+            self.paths, identities, self.names = listing(Path(self.path))
+            if self.chosen is not None:
+                people = range(len(self.names))[benchmarks.parse_people(self.chosen, len(self.names))]
+                kept = [row for row, person in enumerate(identities) if person in people]
+                self.paths = [self.paths[row] for row in kept]
+                identities = [identities[row] - people.start for row in kept]
+                self.names = self.names[people.start : people.stop]
+            self.labels = torch.tensor(identities)
+            if not self.aligned:
+                self.crops = crops(self.paths, self.framing, self.side)[0]
         super().prepare(place)
 
     def people(self) -> list[tuple[str, str | None]]:
         return [(self.path, self.chosen)]
 
     def total(self) -> int:
-        return len(self.benchmark.images)
+        return len(self.paths) if self.crops is None else len(self.crops)
 
     def read(self, rows: Tensor) -> Tensor:
-        return self.benchmark.images[rows]
+        if self.crops is not None:
+            return self.crops[rows]
+        return stacked(each(self._decode, [self.paths[row] for row in rows.tolist()]), self.side)
+
+    def _decode(self, path: Path) -> Tensor:
+        return square(read_image(path), self.side, str(path), "say aligned: false to cut faces out of photographs")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.benchmark.images.numpy().tobytes()).hexdigest()
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        if self.crops is not None:
+            return hashlib.sha256(self.crops.numpy().tobytes()).hexdigest()
+        return hashlib.sha256("".join([*map(sha256, self.paths), str(self.side)]).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        names = list(self.benchmark.names)
-        split = {} if self.chosen is None else {"people": self.chosen, "identities": names}
-        return {"kind": "folder", "path": str(self.path), "faces": self.size, "real_faces": True} | split
+        told = {"kind": "folder", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint()}
+        split = {} if self.chosen is None else {"people": self.chosen, "identities": self.names}
+        return told | {"framing": self.framing, "real_faces": True} | split
+
+
+def stacked(faces: Sequence[Tensor], side: int) -> Tensor:
+    """``[n, 3, side, side]`` of n faces, which may be none."""
+    return torch.stack(list(faces)) if faces else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
 
 class ParquetSource(Rows):
     """Faces in anybody's parquet files, such as those of a Hugging Face dataset; real ones unless told otherwise.
+
+    Row groups are read when a face of theirs is needed, and the latest stay in memory, up to 2 GB of them. A shuffled
+    order visits them at random, so larger files need row groups of at most 32 MB, or ``in_memory``.
 
     Args:
         path: a file, or a folder of ``.parquet`` files, which are read in the order of their names.
         image: column of PNG, JPEG, WEBP or BMP files: bytes, or records with ``bytes``.
         label: column that says whose face it is, by number or name; None for faces without labels.
         size: side to which faces are resized; they must be aligned crops already.
+        framing: how they are cut, ``dlib`` or ``arcface`` (see `faceless.align`); None if that is not known.
         real: whether they are of real people. A run that trains on real faces says so loudly.
         views, in_memory: see `Rows`.
     """
@@ -394,52 +512,48 @@ class ParquetSource(Rows):
         image: str = "image",
         label: str | None = "label",
         size: int = 112,
+        framing: str | None = None,
         real: bool = True,
         views: int | None = None,
         in_memory: bool = False,
     ):
         super().__init__(views=views, in_memory=in_memory)
+        if framing not in (None, *align.FRAMINGS):
+            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}, or null")
         if not 16 <= size <= MAX_SIDE:
             raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
         self.path, self.image, self.label_column, self.side, self.real = path, image, label, size, real
+        self.framing = framing
 
     def name(self) -> str:
         return str(self.path)
 
+    def framing_known(self) -> str | None:
+        return self.framing
+
     def prepare(self, place: Place) -> None:
         folder = Path(self.path)
-        self.files = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+        self.files = visible(folder, "*.parquet") if folder.is_dir() else [folder]
         if not self.files:
             raise InputError(f"{folder}: holds no .parquet files")
-        wanted = [self.image] + ([] if self.label_column is None else [self.label_column])
-        tables = [self._table(file, wanted) for file in self.files]
-        self.encoded = pa.chunked_array([chunk for table in tables for chunk in table[self.image].chunks])
+        self.encoded = Column(self.files, self.image)
+        if not self.in_memory:
+            self.encoded.check_groups()
         if self.label_column is not None:
-            whose = [name for table in tables for name in table[self.label_column].to_pylist()]
+            whose = Column(self.files, self.label_column).values()
             numbers = {name: number for number, name in enumerate(sorted(set(whose) - {None}))}
             self.labels = torch.tensor([numbers.get(name, -1) for name in whose])
         super().prepare(place)
-
-    @staticmethod
-    def _table(file: Path, columns: list[str]) -> pa.Table:
-        try:
-            parquet = pq.ParquetFile(file, memory_map=True)
-            missing = set(columns) - set(parquet.schema_arrow.names)
-            if missing:
-                near = suggest(min(missing), parquet.schema_arrow.names)
-                raise InputError(f"{file}: has no column {min(missing)!r}; {near}")
-            return parquet.read(columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file}: not a readable parquet file ({error})") from error
 
     def total(self) -> int:
         return len(self.encoded)
 
     def read(self, rows: Tensor) -> Tensor:
-        return torch.stack([self._decode(row) for row in rows.tolist()])
+        found = list(zip(rows.tolist(), self.encoded.rows(rows.tolist())))
+        return stacked(each(self._decode, found), self.side)
 
-    def _decode(self, row: int) -> Tensor:
-        value: Any = self.encoded[row].as_py()
+    def _decode(self, item: tuple[int, Any]) -> Tensor:
+        row, value = item
         data: Any = value.get("bytes") if isinstance(value, dict) else value
         try:
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
@@ -448,14 +562,104 @@ class ParquetSource(Rows):
                 pixels = np.array(image.convert("RGB"))
         except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: column {self.image!r} of row {row} holds no readable image") from error
-        face = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        return resize(face.float(), self.side, self.side)[0].round().clamp(0, 255).byte()
+        face = torch.from_numpy(pixels).permute(2, 0, 1)
+        return square(face, self.side, f"{self.path}: row {row}", "cut the faces out of the photographs first")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join([*map(sha256, self.files), str(self.side)]).encode()).hexdigest()
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = [*map(sha256, self.files), str(self.side), self.image]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "faces": self.size, "real_faces": self.real}
+        told = {"kind": "parquet", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint()}
+        return told | {"column": self.image, "framing": self.framing, "real_faces": self.real}
+
+
+class Column:
+    """One column of parquet files, read by row.
+
+    Args:
+        files: in their order.
+        name: of the column.
+
+    Raises:
+        InputError: a file that is no parquet, or lacks the column.
+    """
+
+    def __init__(self, files: Sequence[Path], name: str):
+        self.name, self.files = name, list(files)
+        self._open = [self._opened(file) for file in self.files]
+        self._groups = [(f, g) for f, file in enumerate(self._open) for g in range(file.metadata.num_row_groups)]
+        rows = [self._open[f].metadata.row_group(g).num_rows for f, g in self._groups]
+        self._starts = np.cumsum([0, *rows])
+        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._lock = Lock()
+
+    def _opened(self, file: Path) -> pq.ParquetFile:
+        try:
+            opened = pq.ParquetFile(file, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file}: not a readable parquet file ({error})") from error
+        if self.name not in opened.schema_arrow.names:
+            near = suggest(self.name, opened.schema_arrow.names)
+            raise InputError(f"{file}: has no column {self.name!r}; {near}")
+        return opened
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def check_groups(self) -> None:
+        """Refuse files too large to stay in memory whose row groups are too large to be read for single faces.
+
+        Raises:
+            InputError: names the largest row group.
+        """
+        sizes = []
+        for f, g in self._groups:
+            meta = self._open[f].metadata.row_group(g)
+            columns = [meta.column(c) for c in range(meta.num_columns)]
+            mine = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.name]
+            sizes.append(sum(mine))
+        if sum(sizes) > KEPT and max(sizes) > MAX_GROUP:
+            file = self.files[self._groups[int(np.argmax(sizes))][0]]
+            raise InputError(
+                f"{file}: a row group holds {max(sizes) >> 20} MB, and in a shuffled order each face needs all of its "
+                f"own; write the file again with row groups of at most {MAX_GROUP >> 20} MB (row_group_size), "
+                "or set in_memory"
+            )
+
+    def values(self) -> list[Any]:
+        """The whole column, as Python values."""
+        return [value for group in range(len(self._groups)) for value in self._read(group).to_pylist()]
+
+    def rows(self, wanted: Sequence[int]) -> list[Any]:
+        """The values of these rows, in this order."""
+        groups = np.searchsorted(self._starts, np.asarray(wanted, np.int64), side="right") - 1
+        found: list[Any] = [None] * len(wanted)
+        with self._lock:  # the next batch is read in another thread
+            for group in np.unique(groups).tolist():
+                values = self._group(group)
+                for place in np.flatnonzero(groups == group).tolist():
+                    found[place] = values[int(wanted[place] - self._starts[group])].as_py()
+        return found
+
+    def _group(self, group: int) -> pa.ChunkedArray:
+        if group not in self._kept:
+            self._kept[group] = self._read(group)
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(group)
+        return self._kept[group]
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        file, number = self._groups[group]
+        try:
+            return self._open[file].read_row_group(number, columns=[self.name])[self.name]
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.files[file]}: not a readable parquet file ({error})") from error
 
 
 class OnlineSource(Source):
@@ -485,6 +689,9 @@ class OnlineSource(Source):
         self.generator, self.resampling = generator, resampling
         self.landmarks, self.framing, self.side = landmarks, framing, size
         self.detect_size, self.tries = detect_size, tries
+
+    def framing_known(self) -> str | None:
+        return self.framing if self.landmarks else None
 
     def prepare(self, place: Place) -> None:
         self.place = place
@@ -564,7 +771,7 @@ class OnlineSource(Source):
         return torch.cat(faces).round().clamp(0, 255).byte().cpu() if faces else torch.empty(0, 3, 8, 8).byte()
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "online", "real_faces": False} | self.generator.provenance()
+        return {"kind": "online", "real_faces": False, "framing": self.framing_known()} | self.generator.provenance()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.resampling is None else self.resampling.state_dict()

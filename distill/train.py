@@ -62,6 +62,8 @@ def train(settings: Settings[Run]) -> Path:
     objective = make_objective(run, student, teacher_net)
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
+    if notice := run.source.check_framing(teacher_net.spec.framing):
+        accelerator.print(notice)
     if main_process:
         run.source.write()
     accelerator.wait_for_everyone()

@@ -79,15 +79,14 @@ def load(folder: str | Path, framing: str = "dlib", size: int = 150, align: bool
     return Benchmark(folder.name, images, torch.tensor(identities), names, record)
 
 
-def square(image: Tensor, size: int, where: str) -> Tensor:
+def square(
+    image: Tensor, size: int, where: str, hint: str = "use --align true to cut faces out of photographs"
+) -> Tensor:
     """A crop ``[3, size, size]`` of an image that is one already.
 
     Raises:
-        InputError: it is not square; ``where`` it is from is for the message.
+        InputError: it is not square; ``where`` it is from and ``hint`` are for the message.
     """
     if image.shape[1] != image.shape[2]:
-        raise InputError(
-            f"{where}: {image.shape[2]} x {image.shape[1]} pixels are no aligned square crop; "
-            "use --align true to cut faces out of photographs"
-        )
+        raise InputError(f"{where}: {image.shape[2]} x {image.shape[1]} pixels are no aligned square crop; {hint}")
     return resize(image[None].float(), size, size)[0].round().clamp(0, 255).to(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from distill.sources import FolderSource, OnlineSource, ParquetSource, Place, read_labels
+import faceless
+from distill import sources
+from distill.mixtures import MixtureSource, Part
+from distill.sources import CorpusSource, FolderSource, OnlineSource, ParquetSource, Place, read_labels
+from distill.train import main
 from faceless.errors import InputError
+from faceless.randomness import permutation
 from faceless.recognizer import Output
 from mining.resampling import SynthDistillRule
 from synth.generators.dcgan import DCGAN
+from tests.synth.test_corpus import write as corpus
 
 
 def generator() -> DCGAN:
@@ -90,8 +98,10 @@ def test_an_epoch_shows_each_training_face_once_and_held_out_ones_never(tmp_path
     for epoch in rows.split(12):
         assert sorted(epoch.tolist()) == list(range(12))
     assert not torch.equal(rows[:12], rows[12:24])
-    assert torch.equal(source.batch(2).images, source.benchmark.images[rows[8:12]])
-    assert torch.equal(source.held_out(), source.benchmark.images[12:])
+    files = sorted((tmp_path / "faces").glob("*/*"))
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    assert torch.equal(source.batch(2).images, pixels[rows[8:12]])
+    assert torch.equal(source.held_out(), pixels[12:])
     assert source.real and source.record()["real_faces"]
 
 
@@ -100,6 +110,18 @@ def test_rows_are_shared_between_processes_and_steps_can_be_asked_in_any_order(t
     whole, halves = real(path), [real(path, rank, 2) for rank in range(2)]
     for step in (5, 0, 3):
         assert torch.equal(torch.cat([half.batch(step).images for half in halves]), whole.batch(step).images)
+
+
+def test_a_batch_across_the_end_of_an_epoch_is_of_one_view_on_any_number_of_processes(tmp_path: Path) -> None:
+    path = folder(tmp_path / "faces")
+    whole, halves = (
+        [real(path, rank, processes, held_out=1, views=2) for rank in range(processes)] for processes in (1, 2)
+    )
+    for step in (2, 3, 10):  # of 14 faces: samples 12 to 15 and 40 to 43 cross, and there the halves part
+        batch, parts = whole[0].batch(step), [half.batch(step) for half in halves]
+        assert {part.view for part in parts} == {batch.view} == {4 * step // 14 % 2}
+        assert torch.equal(torch.cat([part.rows for part in parts]), batch.rows)
+        assert torch.equal(torch.cat([part.rng.uniform(3) for part in parts]), batch.rng.uniform(3))
 
 
 def test_views_recur(tmp_path: Path) -> None:
@@ -117,6 +139,130 @@ def test_impossible_batches_are_refused(tmp_path: Path) -> None:
         real(path, held_out=12)
     with pytest.raises(InputError, match="cannot be split evenly over 3"):
         real(path, processes=3)
+
+
+def test_the_orders_of_two_epochs_are_made_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(sources, "permutation", lambda *given: made.append(given) or permutation(*given))
+    source = real(folder(tmp_path / "faces"), held_out=1)  # 14 faces in batches of 4
+    rows = torch.cat([source.batch(step).rows for step in range(14)])
+    assert [sorted(epoch.tolist()) for epoch in rows.split(14)] == [list(range(14))] * 4
+    assert len(made) == 5  # the fifth for the batch that is read ahead
+
+
+def test_a_folder_of_any_size_is_read_when_its_faces_are_wanted(tmp_path: Path) -> None:
+    path = folder(tmp_path / "faces", people=5001, images=0)
+    (face,) = encoded(30)
+    for person in path.iterdir():
+        (person / "0.png").write_bytes(face)  # one each, and more than a benchmark takes
+    (path / "p4000" / "0.png").write_bytes(b"no image")
+    source = FolderSource(path=str(path), size=16, aligned=True)
+    source.prepare(Place(batch_size=4, held_out=4))
+    assert source.size == 4997 and source.classes == 5001
+    assert (
+        source.faces(torch.tensor([7, 5000])).shape == (2, 3, 16, 16) and source.faces(torch.tensor([])).shape[0] == 0
+    )
+    with pytest.raises(InputError, match=r"p4000/0\.png: cannot be read as an image"):
+        source.faces(torch.tensor([1, 4000]))
+    Image.new("RGB", (20, 30)).save(path / "p1" / "0.png")
+    with pytest.raises(InputError, match="20 x 30 pixels are no aligned square crop; say aligned: false"):
+        source.faces(torch.tensor([1]))
+
+
+def test_a_fingerprint_changes_with_any_face(tmp_path: Path) -> None:
+    path = folder(tmp_path / "faces")
+    before = real(path).record()["fingerprint"]
+    assert real(path).record()["fingerprint"] == before
+    Image.new("RGB", (32, 32)).save(path / "p1" / "2.png")
+    assert real(path).record()["fingerprint"] != before
+
+
+def test_faces_that_are_cut_otherwise_than_the_teacher_knows_are_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path / "faces")
+    crops = FolderSource(path=str(path), aligned=True, framing="arcface")
+    assert crops.check_framing("arcface") is None
+    with pytest.raises(InputError, match=r"faces: its faces are arcface crops, and the teacher knows dlib crops"):
+        crops.check_framing("dlib")
+    whole, cut = OnlineSource(generator=generator()), OnlineSource(generator=generator(), landmarks=True)
+    assert "OnlineSource: does not say" in whole.check_framing("arcface") and cut.check_framing("dlib") is None
+    table = str(parquet(tmp_path / "x.parquet", image=encoded(1, 2)))
+    assert "does not say" in ParquetSource(path=table, label=None).check_framing("dlib")
+    assert ParquetSource(path=table, label=None, framing="dlib").check_framing("dlib") is None
+    with pytest.raises(InputError, match="framing is 'arkface'"):
+        ParquetSource(path=table, framing="arkface")
+    for framing, line in ((None, "does not say"), ("dlib", "are dlib crops")):
+        written = CorpusSource(path=str(corpus(tmp_path / f"corpus-{framing}", framing=framing)))
+        with pytest.raises(InputError, match=line) if framing else nullcontext():
+            assert line in written.check_framing("arcface")
+        written.prepare(Place(batch_size=4))
+        assert written.record()["framing"] == framing
+    # Of a corpus that is still to be written, the recipe says it.
+    planned = CorpusSource(path=str(tmp_path / "none"), recipe="synth/recipes/quickstart.yaml")
+    assert planned.check_framing("dlib") is None and not (tmp_path / "none").exists()
+    mixed = MixtureSource(parts={"a": Part(whole, 1), "b": Part(crops, 1)})
+    with pytest.raises(InputError, match="are arcface crops"):
+        mixed.check_framing("dlib")
+    assert mixed.check_framing("arcface").count("does not say") == 1
+
+
+def test_a_run_compares_framings_before_it_makes_a_face(tmp_path: Path) -> None:
+    net = faceless.create("slimresnet", embedding_dim=8, input_size=32, framing="arcface", widths=[4, 8], depths=[1, 1])
+    faceless.save(net, tmp_path / "teacher", {})
+    loss = {"cosine": {"loss": {"class_path": "distill.losses.embedding.CosineEmbedding"}}}
+    source = {"path": str(tmp_path / "corpus"), "recipe": "synth/recipes/quickstart.yaml"}
+    settings = {
+        "teacher": str(tmp_path / "teacher"),
+        "output": str(tmp_path / "run"),
+        "source": {"class_path": "distill.sources.CorpusSource", "init_args": source},
+        "student": {"name": "slimresnet", "input_size": 32, "options": {"widths": [4, 8], "depths": [1, 1]}},
+        "losses": loss,
+        "verification": {"benchmark": None},
+        "device": "cpu",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="are dlib crops, and the teacher knows arcface crops"):
+        main(["--config", str(tmp_path / "run.yaml")])
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_labels_of_another_corpus_are_refused(tmp_path: Path) -> None:
+    path = corpus(tmp_path / "corpus")
+    np.save(tmp_path / "labels.npy", np.arange(600) % 5)
+    source = CorpusSource(path=str(path), labels=str(tmp_path / "labels.npy"), faces=100)
+    source.prepare(Place(batch_size=4))
+    assert source.labels.tolist() == [row % 5 for row in range(100)]
+    np.save(tmp_path / "labels.npy", np.arange(700) % 5)
+    with pytest.raises(InputError, match=r"labels\.npy: 700 labels, and .*corpus has 600 faces"):
+        source.prepare(Place(batch_size=4))
+
+
+def test_a_finished_corpus_needs_no_generator(tmp_path: Path) -> None:
+    torch.save(generator().state_dict(), tmp_path / "net.pt")
+    made = {"weights": str(tmp_path / "net.pt"), "latent_dim": 8, "channels": 4}
+    recipe = {
+        "generator": {"class_path": "synth.generators.dcgan.DCGAN", "init_args": made},
+        "count": 12,
+        "block": 4,
+        "align": None,
+        "workers": 0,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    source = CorpusSource(path=str(tmp_path / "corpus"), recipe=str(tmp_path / "recipe.yaml"))
+    source.write()
+    (tmp_path / "net.pt").unlink()
+    source.write()
+    source.prepare(Place(batch_size=4))
+    assert source.size == 12
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"count": 13}))
+    with pytest.raises(InputError, match="holds a corpus with count 12, and the settings say 13"):
+        source.write()
+
+
+def test_the_record_says_whose_identities_a_corpus_shows(tmp_path: Path) -> None:
+    whose = {"file_sha256": "0" * 64, "real": None}
+    source = CorpusSource(path=str(corpus(tmp_path, generator={"generator": "Diffusion", "identities_from": whose})))
+    source.prepare(Place(batch_size=4))
+    assert source.record()["identities_from"] == whose
 
 
 def parquet(path: Path, **columns: list) -> Path:
@@ -150,6 +296,38 @@ def test_parquet_files_of_others_are_read_with_their_labels(tmp_path: Path) -> N
     plain.prepare(Place(batch_size=2))
     assert not plain.labelled and not plain.real and plain.batch(0).images.shape == (2, 3, 112, 112)
     assert plain.fingerprint() != source.fingerprint()
+    assert len(plain.held_out()) == 0
+
+
+def test_what_another_column_or_a_killed_command_holds_is_something_else(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", one=encoded(10, 20), two=encoded(200, 210))
+    (tmp_path / ".tmp-0123456789ab-b.parquet").write_bytes(b"PAR1 torn")
+    columns = [ParquetSource(path=str(tmp_path), image=name, label=None, size=16) for name in ("one", "two")]
+    for source, first in zip(columns, (10, 200), strict=True):
+        source.prepare(Place(batch_size=2))
+        assert source.total() == 2 and source.faces(torch.tensor([0]))[0, 0, 0, 0] == first
+    assert columns[0].fingerprint() != columns[1].fingerprint()
+
+
+def test_row_groups_are_read_when_they_are_wanted_and_the_latest_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = encoded(*range(40))
+    pq.write_table(pa.table({"image": rows[:30]}), tmp_path / "a.parquet", row_group_size=5)
+    pq.write_table(pa.table({"image": rows[30:]}), tmp_path / "b.parquet", row_group_size=5)
+    monkeypatch.setattr(sources, "KEPT", 3 * 5 * len(rows[0]))
+    source = ParquetSource(path=str(tmp_path), label=None, size=32)
+    source.prepare(Place(batch_size=4))
+    assert not source.encoded._kept  # nothing yet
+    wanted = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(source.faces(wanted)[:, 0, 0, 0].long(), wanted)
+    assert len(source.encoded._kept) <= 3
+    monkeypatch.setattr(sources, "MAX_GROUP", 4 * len(rows[0]))
+    with pytest.raises(InputError, match=r"\.parquet: a row group holds .*row_group_size.*or set in_memory"):
+        source.prepare(Place(batch_size=4))
+    kept = ParquetSource(path=str(tmp_path), label=None, size=32, in_memory=True)
+    kept.prepare(Place(batch_size=4))
+    assert torch.equal(kept.faces(wanted)[:, 0, 0, 0].long(), wanted)
 
 
 def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -169,6 +347,12 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         source.faces(torch.tensor([0]))
     with pytest.raises(InputError, match="row 1 is 5000 x 4"):
         source.faces(torch.tensor([1]))
+    oblong = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(oblong, "PNG")
+    source = ParquetSource(path=str(parquet(tmp_path / "o.parquet", image=[oblong.getvalue()])), label=None)
+    source.prepare(Place(batch_size=1))
+    with pytest.raises(InputError, match="row 0: 40 x 30 pixels are no aligned square crop"):
+        source.faces(torch.tensor([0]))
 
 
 def test_people_of_a_folder_and_labels_of_a_file(tmp_path: Path) -> None:
