@@ -11,7 +11,6 @@ between them); and what runs a stranger's code, `COMMAND_LINE_ONLY`, is accepted
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -206,7 +205,11 @@ def _imported(path: str) -> Any:
 
 def _keys(parser: ArgumentParser, classes: list[str], group: str, name: str) -> list[str]:
     if classes:
-        return [key for key in inspect.signature(_imported(classes[-1])).parameters if key != "self"]
+        # Asked of a parser, which also knows the arguments that a constructor passes on.
+        added = ArgumentParser(exit_on_error=False).add_class_arguments(
+            _imported(classes[-1]), None, fail_untyped=False
+        )
+        return [key for key in added if "." not in key]
     known = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
     # A dataclass that may also be null is one action, whose keys only its type knows.
     hints = [get_args(getattr(a, "_typehint", None)) for a in parser._actions if a.dest == group]

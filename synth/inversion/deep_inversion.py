@@ -16,7 +16,7 @@ from torch import Tensor
 from faceless.errors import InputError
 from faceless.randomness import Rng
 from faceless.recognizer import Output, Recognizer
-from synth.inversion.base import Inverter, frozen, to_pixels
+from synth.inversion.base import Inverter, check_comparable, frozen, to_pixels
 from synth.inversion.priors import energy, repulsion, total_variation
 from synth.inversion.statistics import BatchStatistics, layers
 from synth.inversion.targets import Moments, Sphere, Targets, center, head
@@ -91,12 +91,15 @@ class DeepInversion(Inverter):
         self.lr, self.betas, self.jitter, self.flip = lr, betas, jitter, flip
         self.main, self.statistics, self.first = main, statistics, first
         self.tv_l1, self.tv_l2, self.l2, self.repulsion, self.adaptive = tv_l1, tv_l2, l2, repulsion, adaptive
-        self.student = frozen(student) if adaptive and student is not None else None
-        if self.student is not None and self.student.embedding_dim != self.teacher.embedding_dim:
-            raise InputError(
-                f"student: its embeddings have {self.student.embedding_dim} numbers and the teacher's "
-                f"{self.teacher.embedding_dim}; their cosine needs as many"
-            )
+        # In a tuple: a student is no part of this module.
+        self.student: tuple[Recognizer, ...] = ()
+        if adaptive and student is not None:
+            self.compete(frozen(student), adaptive)
+
+    def compete(self, student: Recognizer, adaptive: float) -> None:
+        """Seek faces on which this student and the teacher differ, with that weight; it may learn meanwhile."""
+        check_comparable(student, self.teacher)
+        self.student, self.adaptive = (student,), adaptive
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -128,8 +131,8 @@ class DeepInversion(Inverter):
             seen_as = x.roll(shifts[step], (2, 3)) if jitter else x
             if self.flip and flips[step]:
                 seen_as = seen_as.flip(3)
-            optimizer.zero_grad()
-            self.loss(seen_as, targets, statistics).backward()
+            # Of the pictures only: a student that learns meanwhile keeps its own gradients.
+            (x.grad,) = torch.autograd.grad(self.loss(seen_as, targets, statistics), x)
             optimizer.step()
             with torch.no_grad():
                 self.project(x, step)
@@ -153,14 +156,16 @@ class DeepInversion(Inverter):
             loss = loss + self.l2 * energy(x)
         if self.repulsion:
             loss = loss + self.repulsion * repulsion(seen.embedding, center(self.teacher))
-        if self.student is not None:
-            loss = loss + self.adaptive * agreement(self.student(pixels), seen)
+        for student in self.student:
+            loss = loss + self.adaptive * agreement(student(pixels), seen)
         return loss
 
     def _follow_device(self) -> None:
-        """Statistics are no part of the module, so `to` leaves them where they were."""
+        """Statistics and student are no part of the module, so `to` leaves them where they were."""
         for layer in self.layers:
             layer.mean, layer.variance = layer.mean.to(self.device), layer.variance.to(self.device)
+        for student in self.student:
+            student.to(self.device)
 
 
 def annealed(step: int, steps: int) -> float:

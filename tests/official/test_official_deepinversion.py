@@ -7,7 +7,8 @@ from torch import nn
 
 import faceless
 from faceless.randomness import Rng
-from faceless.recognizer import Recognizer
+from faceless.recognizer import Output, Recognizer
+from synth.generators.adversarial import alikeness, imbalance
 from synth.inversion.deep_inversion import DeepInversion, annealed
 from synth.inversion.priors import total_variation
 from synth.inversion.statistics import BatchStatistics, batch_norms
@@ -123,3 +124,27 @@ def test_running_average_of_fast_datafree(official, parity, momentum):
             statistics.remember()
             for hook in hooks:
                 hook.update_mmt()
+
+
+def test_terms_of_fast_datafree(official, parity):
+    """The sum of datafree/synthesis/generative.py, whose own class wants a folder of images and CUDA."""
+    criterions = official(FAST, "datafree/criterions.py")
+    random = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 20, 7, generator=random, dtype=torch.float64)
+    e = torch.zeros(20, 1)
+    source = f"{FAST} datafree/criterions.py"
+    parity("DAFL balance", source, imbalance, criterions.class_balance_loss, teacher)
+    for name, ours, theirs in (
+        ("adversarial KL", "kl", lambda s: -criterions.kldiv(s, teacher)),
+        ("adversarial L1 (DFAD)", "l1", lambda s: -F.l1_loss(s, teacher)),
+    ):
+        parity(name, source, lambda s, k=ours: alikeness(Output(e, s), Output(e, teacher), k), theirs, student)
+    agreed = student.argmax(1) == teacher.argmax(1)
+
+    def masked(s):  # datafree/synthesis/fast_meta.py
+        mask = (s.max(1)[1] == teacher.max(1)[1]).double()
+        return -(criterions.kldiv(s, teacher, reduction="none").sum(1) * mask).mean()
+
+    assert agreed.any()
+    ours = lambda s: alikeness(Output(e, s), Output(e, teacher), "kl", agreed)  # noqa: E731
+    parity("adversarial KL where both agree", f"{FAST} datafree/synthesis/fast_meta.py", ours, masked, student)
