@@ -208,7 +208,7 @@ class Diffusion(Generator):
         contexts: the identities of a pipeline that is conditioned on embeddings.
         dtype: of the networks. Noise and scheduler stay in float32.
         trust_remote_code: let ``diffusers`` run Python files that come with the pipeline. Without it, such a pipeline
-            is refused.
+            is refused. Settings can only say so on the command line.
 
     Shape:
         latents ``[B, C, H, W]`` of standard normal numbers, or ``[B, C * H * W + 1 to 3]`` with seeds or identities;
@@ -535,7 +535,7 @@ def read_parts(folder: Path, *, text: bool, trust_remote_code: bool) -> dict[str
     if code := next(folder.rglob("*.py"), None):
         raise InputError(
             f"{code}: the pipeline comes with code of its own, which is not run; "
-            "read it, and if you trust it say trust_remote_code: true"
+            "read it, and if you trust it say trust_remote_code: true, on the command line"
         )
     present = {name: entry for name, entry in index.items() if name in PARTS and entry not in (None, [None, None])}
     for name in ("unet", *(("text_encoder", "tokenizer") if text else ())):

@@ -124,6 +124,14 @@ def test_a_batch_across_the_end_of_an_epoch_is_of_one_view_on_any_number_of_proc
         assert torch.equal(torch.cat([part.rng.uniform(3) for part in parts]), batch.rng.uniform(3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_need_not_wait_for_faces(tmp_path: Path) -> None:
+    source = FolderSource(path=str(folder(tmp_path / "faces")), size=32, aligned=True)
+    source.prepare(Place(batch_size=4, device=torch.device("cuda")))
+    assert all(source.batch(step).images.is_pinned() for step in range(2))
+
+
 def test_views_recur(tmp_path: Path) -> None:
     source = real(folder(tmp_path / "faces"), views=2)
     views = [source.batch(step).view for step in range(9)]
