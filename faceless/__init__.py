@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from faceless.weights import create, load, names, save
+    from faceless.weights import create, export_onnx, load, names, save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create", "load", "names", "save"]
+__all__ = ["__version__", "create", "export_onnx", "load", "names", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -446,9 +446,11 @@ def load_saved(path: str | Path, allowed: Collection[str], *, dicts: Collection[
     def read() -> tuple[Any, Storages]:
         archive = zipfile.ZipFile(BytesIO(data))
         entries = {entry.filename: entry for entry in archive.infolist()}
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-            raise _DamagedError("holds compressed data, which torch.save never writes; refused")
         (root,) = (name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl"))
+        # Only the code of TorchScript, which nobody reads, may be.
+        wanted = [entry for name, entry in entries.items() if not name.startswith(f"{root}/code/")]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in wanted):
+            raise _DamagedError("holds compressed data, which torch.save never writes; refused")
         if f"{root}/byteorder" in entries and archive.read(f"{root}/byteorder") != b"little":
             raise _DamagedError("was written on a big-endian machine; convert it there")
         found = _read(BytesIO(archive.read(f"{root}/data.pkl")), {*allowed, *TENSORS, *_STORAGE_NAMES}, dicts, True)

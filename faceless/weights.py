@@ -16,26 +16,33 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from faceless import __version__, assets
+from faceless import __version__, archives, assets, onnx_files
 from faceless.backbones import ARCHITECTURES
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
+from faceless.backbones.transformers_backbone import PROCESSOR, TransformersBackbone, read_folder, read_weights
 from faceless.errors import InputError, suggest
 from faceless.files import atomic_write, sha256
+from faceless.onnx_graph import UnconvertibleError
 from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
 PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
-SUPPORTED = ".pth .pt (plain state dicts), .ckpt (Lightning), .safetensors, .dat (dlib)"
+SUPPORTED = ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .dat (dlib)"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError)
 MAX_BYTES = 4 << 30
+PROGRAMS = (
+    ("TorchScript", archives.is_torchscript, archives.torchscript_tensors),
+    ("an ExportedProgram", archives.is_exported, archives.exported_tensors),
+)
 MAX_STRANGE = 64  # classes in a checkpoint that are passed over
 # Wrappers that other training code leaves around a backbone, longest first.
 PREFIXES = ("_orig_mod.", "backbone.", "student.", "module.", "model.", "net.")
@@ -104,17 +111,20 @@ def _build(name: str, embedding_dim: Any, input_size: Any, framing: Any, options
     return Recognizer(backbone, spec, name=name, options={"embedding_dim": dim, "input_size": size, **options})
 
 
-def load(source: str | Path, spec: InputSpec | None = None) -> Recognizer:
+def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = False, **options: Any) -> Recognizer:
     """A trained recognizer, in eval mode on the CPU.
 
     Args:
         source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of a network we know, see
             docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's ``.ckpt``; ``.safetensors`` of ours;
-            dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+            ``.onnx``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
+        runtime: leave an ``.onnx`` file to onnxruntime, without gradients, even where it could become a network here.
+        options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``).
 
     Returns:
-        The recognizer; ``.source`` tells the source and the SHA-256 of the weights.
+        The recognizer; ``.source`` tells the source and the SHA-256 of the weights, and for ``.onnx`` the ``engine``:
+        ``"torch"`` or ``"onnxruntime"``, and why.
 
     Raises:
         InputError: no such name or file, a file that is damaged or holds anything but weights, or weights that do not
@@ -130,7 +140,7 @@ def load(source: str | Path, spec: InputSpec | None = None) -> Recognizer:
         recognizer, file = _load_folder(Path(source))
     elif Path(source).is_file():
         file = Path(source)
-        recognizer = _load_file(file)
+        recognizer = _load_file(file, options, runtime)
     elif text in ARCHITECTURES:
         raise InputError(f"{text} comes without weights: give a file or a folder, or create it untrained")
     elif re.search(r"[/\\.]", text):
@@ -141,7 +151,10 @@ def load(source: str | Path, spec: InputSpec | None = None) -> Recognizer:
         recognizer = Recognizer(
             recognizer.backbone, spec, name=recognizer.name, options=recognizer.options, source=recognizer.source
         )
-    recognizer.source.update(source=text, sha256=sha256(file))
+    if unused := set(options) - set(recognizer.options):
+        raise InputError(f"{text}: takes no option {sorted(unused)[0]!r}")
+    # An ONNX file may have more files beside it, and has the SHA-256 of them all.
+    recognizer.source = {"sha256": sha256(file)} | recognizer.source | {"source": text}
     return recognizer.eval()
 
 
@@ -154,34 +167,81 @@ def _load_dat(path: Path) -> Recognizer:
     )
 
 
-def _load_file(path: Path) -> Recognizer:
+def _load_file(path: Path, options: Mapping[str, Any], runtime: bool) -> Recognizer:
     if path.suffix == ".dat":
         return _load_dat(path)
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+        return _load_safetensors(path, options)
+    if path.suffix == ".onnx":
+        return _load_onnx(path, options, runtime)
+    if path.suffix in (".pth", ".pt", ".pt2", ".ckpt"):
+        for kind, is_kind, read in PROGRAMS:
+            if is_kind(path):
+                return _load_program(kind, read(path), path, options)
     if path.suffix in (".pth", ".pt", ".ckpt"):
-        return _load_foreign(_read_pickle(path), path)
+        return _load_foreign(_read_pickle(path), path, options)
     raise InputError(f"{path}: weights of the kind {path.suffix or 'without a suffix'} are not read; {SUPPORTED} are")
+
+
+def _load_program(kind: str, state: State, path: Path, options: Mapping[str, Any]) -> Recognizer:
+    """A network of ours around the tensors of a program that is not run."""
+    try:
+        return _load_foreign(state, path, options)
+    except InputError as error:
+        raise InputError(
+            f"{error}. {kind} holds a program, which is never run; if you trust whoever wrote it, load it yourself and "
+            "write ONNX with torch.onnx.export, or save its state dict"
+        ) from error
 
 
 def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
     file = folder / WEIGHTS
     if not file.is_file():
         raise InputError(f"{folder}: holds no {WEIGHTS}; give a folder that faceless.save wrote")
-    return _load_safetensors(file), file
+    # Where the weights describe themselves, that counts.
+    known = None if "faceless" in _metadata(file) else read_folder(folder)
+    if known is None:
+        return _load_safetensors(file), file
+    options, spec = known
+    head = next((value for key, value in _tensors(file).items() if key.endswith("classifier.weight")), None)
+    if head is None:
+        raise InputError(f"{file}: has no classifier, whose classes would be the embedding")
+    try:
+        with torch.device("meta"):
+            found = _build("transformers", len(head), options.pop("input_size"), None, options)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    backbone = cast(TransformersBackbone, found.backbone)
+    backbone.network = read_weights(file, backbone, options["model"])
+    return Recognizer(found.backbone, spec, name=found.name, options=found.options), file
 
 
-def _load_safetensors(path: Path) -> Recognizer:
+def _load_safetensors(path: Path, given: Mapping[str, Any] = {}) -> Recognizer:
+    metadata, state = _metadata(path), _tensors(path)
+    if "faceless" not in metadata:
+        return _load_foreign(state, path, given)
+    return _load_described(metadata["faceless"], state, path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            return dict(file.metadata() or {})
+    except UNREADABLE as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from error
-    if "faceless" not in metadata:
-        return _load_foreign(state, path)
+
+
+def _tensors(path: Path) -> State:
     try:
-        config = json.loads(metadata["faceless"])
+        return dict(safetensors.torch.load_file(path))
+    except UNREADABLE as error:
+        raise InputError(f"{path}: not readable as safetensors ({error})") from error
+
+
+def _load_described(description: str, state: State, path: Path) -> Recognizer:
+    """The recognizer that `describe` spoke of."""
+    try:
+        config = json.loads(description)
         options = dict(config["options"])
         spec = InputSpec(**config["input"])
         name, record = str(config["architecture"]), dict(config["record"])
@@ -192,6 +252,37 @@ def _load_safetensors(path: Path) -> Recognizer:
     return Recognizer(recognizer.backbone, spec, name=name, options=recognizer.options, source={"record": record})
 
 
+def _load_onnx(path: Path, options: Mapping[str, Any], runtime: bool) -> Recognizer:
+    """A network of ours if the graph is one and kept its names, else the graph as a network, else onnxruntime's."""
+    file = onnx_files.read(path)
+    computed = onnx_files.compute(file, path)
+
+    def same() -> Recognizer:
+        state = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+        return _load_described(file.description or "", state, path)
+
+    def known() -> Recognizer:
+        return _load_foreign({key: value for key, value in tensors.items() if "." in key}, path, options)
+
+    def converted() -> Recognizer:
+        return onnx_files.convert(file, computed.embedding_dim)
+
+    why = "as asked"
+    if not runtime:
+        tensors = onnx_files.initializers(file, path)
+        for attempt in (same, known, converted):
+            try:
+                found = attempt()
+                onnx_files.check_equal(found, computed)
+            except (InputError, UnconvertibleError) as error:
+                why = str(error)
+            else:
+                found.source |= {"sha256": file.sha256, "engine": "torch"}
+                return found
+    computed.source |= {"sha256": file.sha256, "engine": f"onnxruntime, without gradients: {why}"}
+    return computed
+
+
 def _from_hub(source: str) -> Path:
     import huggingface_hub
 
@@ -199,7 +290,9 @@ def _from_hub(source: str) -> Path:
     if match is None:
         raise InputError(f"{source}: write hf-hub:owner/name, or hf-hub:owner/name@revision")
     try:
-        folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=[WEIGHTS, CONFIG])
+        folder = huggingface_hub.snapshot_download(
+            match[1], revision=match[2], allow_patterns=[WEIGHTS, CONFIG, PROCESSOR]
+        )
     except Exception as error:  # its own errors, those of the HTTP library below it, OSError, ValueError
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{source}: could not be fetched from the hub ({lines[0]})") from error
@@ -299,13 +392,14 @@ def _stripped(state: State) -> Iterator[State]:
         state = {key[len(common) :]: value for key, value in state.items()}
 
 
-def _load_foreign(state: State, path: Path) -> Recognizer:
+def _load_foreign(state: State, path: Path, given: Mapping[str, Any]) -> Recognizer:
     # Some networks have a prefix of a wrapper for one of their own, and a head that is no classifier.
     known = [(plain, network) for plain in _stripped(state) if (network := recognize(plain)) is not None]
     if not known:
         few = ", ".join(list(strip(state))[:3])
         raise InputError(f"{path}: its keys ({few}, ...) are of no network we know: {', '.join(names())}")
     state, (name, options) = known[0]
+    options |= given
     found = _assemble(name, options.pop("embedding_dim"), options.pop("input_size"), options, state, path)
     if path.suffix == ".ckpt" and name.startswith("ir") and not name.startswith("iresnet"):
         # AdaFace reads images with OpenCV and leaves their channels as they come.
@@ -348,6 +442,23 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
             cells = len({key.split(".")[1] for key in shapes if key.startswith("cells.")})
             name = {(64, 18): "pocketnet-s", (128, 9): "pocketnet-m"}.get((width, cells))
             return (name, {"embedding_dim": dim, "input_size": size(side)}) if name else None
+        case {
+            "layers.0.layers.0.weight": (channels, *_),
+            "features.layers.2.weight": (dim, _),
+            "features.layers.0.layers.0.weight": (*_, side),
+        }:
+            name = {128: "mbf", 256: "mbf-large"}.get(channels)
+            return (name, {"embedding_dim": dim, "input_size": size(side)}) if name else None
+        case {
+            "features.init_block.conv1.conv.weight": (width, *_),
+            "feautre_layer.dw_conv.conv.weight": (head, _, _, side),
+            "feautre_layer.pw_conv.conv.weight": (dim, *_),
+        }:
+            sizes = {(8, 512): "mixfacenet-xs", (16, 1024): "mixfacenet-s", (24, 1024): "mixfacenet-m"}
+            name = sizes.get((width, head))
+            return (name, {"embedding_dim": dim, "input_size": size(side)}) if name else None
+        case {"last_linear.weight": (dim, 1792), "block8.conv2d.weight": _}:
+            return "inception-resnet-v1", {"embedding_dim": dim, "input_size": 160}
         case {"cnn.conv_head.weight": (_, inputs, *_), "fc.weight": (dim, *_)}:
             name = {320: "tinyfar-a", 240: "tinyfar-b", 176: "tinyfar-c"}.get(inputs)
             return (name, {"embedding_dim": dim, "input_size": 112}) if name else None
@@ -429,8 +540,25 @@ def save(recognizer: Recognizer, folder: str | Path, record: Mapping[str, Any] |
         InputError: the recognizer was not built by `create` or `load`, or the disk is full.
     """
     folder = Path(folder)
+    text = describe(recognizer, folder, record)
+    state = {key: value.detach().cpu().contiguous() for key, value in recognizer.backbone.state_dict().items()}
+    # One key only: safetensors writes several in an order that changes from run to run.
+    atomic_write(folder / WEIGHTS, safetensors.torch.save(state, {"faceless": text}))
+    atomic_write(folder / CONFIG, text)
+    atomic_write(folder / CARD, card(json.loads(text), parameters(recognizer.backbone)))
+    return folder
+
+
+def describe(recognizer: Recognizer, target: Path, record: Mapping[str, Any] | None) -> str:
+    """JSON that says how to build a recognizer, what it wants and where it comes from.
+
+    Raises:
+        InputError: it was not built by `create` or `load`, or is a graph from an ONNX file.
+    """
     if recognizer.name not in ARCHITECTURES:
-        raise InputError(f"{folder}: only recognizers made by faceless.create or faceless.load can be saved")
+        raise InputError(
+            f"{target}: only recognizers made by faceless.create or faceless.load can be saved, and no graphs of ONNX"
+        )
     config = {
         "architecture": recognizer.name,
         "options": recognizer.options,
@@ -439,13 +567,28 @@ def save(recognizer: Recognizer, folder: str | Path, record: Mapping[str, Any] |
         "record": dict(record or {}),
         "faceless": __version__,
     }
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    state = {key: value.detach().cpu().contiguous() for key, value in recognizer.backbone.state_dict().items()}
-    # One key only: safetensors writes several in an order that changes from run to run.
-    atomic_write(folder / WEIGHTS, safetensors.torch.save(state, {"faceless": text}))
-    atomic_write(folder / CONFIG, text)
-    atomic_write(folder / CARD, card(config, parameters(recognizer.backbone)))
-    return folder
+    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def export_onnx(recognizer: Recognizer, path: str | Path, record: Mapping[str, Any] | None = None) -> Path:
+    """Write an ONNX file: RGB faces ``[batch, 3, height, width]`` in 0..255, float32, to embeddings ``[batch, D]``.
+
+    Sides are those of the recognizer's `InputSpec`; nothing is resized. `load` gives the recognizer back with its
+    convention; InsightFace's own loader understands the file as well.
+
+    Args:
+        path: ends in ``.onnx``.
+        record: JSON-able, as for `save`; it travels in the file.
+
+    Raises:
+        InputError: the extra ``onnx`` is not installed, the recognizer was not built by `create` or `load`, or the disk
+            is full.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise InputError(f"{path}: give a name that ends in .onnx")
+    onnx_files.write(recognizer, path, describe(recognizer, path, record))
+    return path
 
 
 def parameters(network: nn.Module) -> int:

@@ -30,7 +30,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "pocketnet-m": [{}, {"embedding_dim": 256}],
     "edgeface-xs": [{}, {"rank_ratio": 0.6}],
     "edgeface-s": [{}, {"rank_ratio": 0.5}],
+    "ghostfacenet": [{}, {"stride": 2}],
     "timm": [],
+    "transformers": [],
 }
 
 

@@ -10,14 +10,19 @@ from torch import nn
 
 from faceless.backbones.dlib_resnet import MEAN, DlibResNet29
 from faceless.backbones.edgeface import EdgeFace
+from faceless.backbones.ghostfacenet import GhostFaceNet
+from faceless.backbones.inception_resnet import InceptionResnetV1
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.ir import IR
 from faceless.backbones.iresnet import BLOCKS, IResNet
+from faceless.backbones.mbf import MBF
+from faceless.backbones.mixfacenet import MixFaceNet
 from faceless.backbones.mobilefacenet import MobileFaceNet
 from faceless.backbones.pocketnet import PocketNet
 from faceless.backbones.slimresnet import SlimResNet
 from faceless.backbones.timm_backbone import TimmBackbone
 from faceless.backbones.tinyfar import TinyFaR
+from faceless.backbones.transformers_backbone import TransformersBackbone
 from faceless.recognizer import InputSpec
 
 
@@ -34,6 +39,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     **{f"iresnet{depth}": Architecture(partial(IResNet, depth)) for depth in BLOCKS},
     **{f"ir{depth}": Architecture(partial(IR, depth)) for depth in IR_BLOCKS},
     "mobilefacenet": Architecture(MobileFaceNet),
+    "mbf": Architecture(partial(MBF, 2, (1, 4, 6, 2))),
+    "mbf-large": Architecture(partial(MBF, 4, (2, 8, 12, 4))),
+    "mixfacenet-xs": Architecture(partial(MixFaceNet, "s", 0.5, 512)),
+    "mixfacenet-s": Architecture(partial(MixFaceNet, "s", 1.0, 1024)),
+    "mixfacenet-m": Architecture(partial(MixFaceNet, "m", 1.0, 1024)),
+    "ghostfacenet": Architecture(GhostFaceNet, spec=InputSpec(std=(128.0, 128.0, 128.0))),
     "pocketnet-s": Architecture(partial(PocketNet, 16, 18), 128),
     "pocketnet-m": Architecture(partial(PocketNet, 32, 9), 128),
     "edgeface-xxs": Architecture(partial(EdgeFace, "xxs")),
@@ -50,6 +61,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit-s8": Architecture(partial(TimmBackbone, "vit_small_patch8_224")),
     "swin-s": Architecture(partial(TimmBackbone, "swin_small_patch4_window7_224")),
     "timm": Architecture(TimmBackbone),
+    "transformers": Architecture(TransformersBackbone),
+    "inception-resnet-v1": Architecture(InceptionResnetV1, spec=InputSpec(160, 160, std=(128.0, 128.0, 128.0))),
     "slimresnet": Architecture(SlimResNet),
     "dlib-resnet29": Architecture(
         DlibResNet29, 128, InputSpec(150, 150, mean=MEAN, std=(256.0, 256.0, 256.0), framing="dlib")

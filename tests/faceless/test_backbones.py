@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import faceless
 from faceless.backbones import ARCHITECTURES
+from faceless.backbones.ghostfacenet import SameConv2d
 from faceless.backbones.iresnet import IResNet
 from faceless.backbones.mobilefacenet import MobileFaceNet
 from faceless.backbones.slimresnet import SlimResNet
@@ -81,13 +82,42 @@ def test_parameters_and_macs(build, parameters, macs):
         ("vit-s16", {}, 21_806_336, 1_099_370_496),
         ("vit-s8", {}, 21_641_600, 4_555_342_848),
         ("swin-s", {}, 49_225_226, 2_241_870_336),
+        # deepinsight/insightface, jankolf/QUD, timesler/facenet-pytorch; GhostFaceNet on a port of the Keras code.
+        ("mbf", {}, 2_059_520, 437_520_896),
+        ("mbf-large", {}, 6_314_880, 1_816_482_816),
+        ("mixfacenet-xs", {}, 1_040_866, 76_561_120),
+        ("mixfacenet-s", {}, 3_073_110, 218_141_424),
+        ("mixfacenet-m", {}, 3_953_046, 303_388_992),
+        ("ghostfacenet", {}, 4_059_748, 211_909_644),
+        ("ghostfacenet", {"stride": 2}, 4_037_836, 59_316_222),
+        ("inception-resnet-v1", {"input_size": 160}, 23_482_624, 1_417_662_304),
     ],
 )
 def test_published_counts_by_name(name, options, parameters, macs):
     architecture = ARCHITECTURES[name]
+    options = {"embedding_dim": architecture.embedding_dim, "input_size": 112} | options
     with torch.device("meta"):
-        net = architecture.build(**{"embedding_dim": architecture.embedding_dim, "input_size": 112} | options)
-    assert counts(net, 112) == (parameters, macs)
+        net = architecture.build(**options)
+    assert counts(net, options["input_size"]) == (parameters, macs)
+
+
+def test_ghostfacenet_has_the_numbers_of_its_keras_model():
+    """With the statistics of batch normalization, which Keras counts as parameters; from its training notebooks."""
+    for stride, expected in ((1, 4_088_300), (2, 4_066_388)):
+        with torch.device("meta"):
+            net = ARCHITECTURES["ghostfacenet"].build(stride=stride)
+        statistics = sum(b.numel() for name, b in net.named_buffers() if "running" in name)
+        assert sum(p.numel() for p in net.parameters()) + statistics == expected
+
+
+def test_tensorflow_pads_below_and_to_the_right():
+    conv = SameConv2d(1, 1, 3, 2)
+    conv.weight.data = torch.arange(9.0).view(1, 1, 3, 3)
+    picture = torch.zeros(1, 1, 4, 4)
+    picture[..., 3, 3] = 1
+    # Windows begin at 0 and 2: the last pixel lies in the middle of the last one, were both sides padded at its corner.
+    assert conv(picture).flatten().tolist() == [0, 0, 0, 4]
+    assert SameConv2d(1, 1, 5, 2)(torch.zeros(1, 1, 7, 8)).shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +129,10 @@ def test_published_counts_by_name(name, options, parameters, macs):
         ("edgeface-xs", {"input_size": 64, "rank_ratio": 0.6}),
         ("tinyfar-c", {"input_size": 48}),
         ("mobilenetv3-small", {"input_size": 64}),
+        ("mbf", {"input_size": 48}),
+        ("mixfacenet-xs", {"input_size": 64, "shuffle": False}),
+        ("ghostfacenet", {"input_size": 48, "width": 0.5, "stride": 2}),
+        ("inception-resnet-v1", {"input_size": 75}),
         ("timm", {"input_size": 32, "model": "vit_tiny_patch16_224"}),
         ("timm", {"input_size": 64, "model": "swin_tiny_patch4_window7_224"}),
     ],
@@ -107,7 +141,7 @@ def test_networks_train_and_come_back_from_a_folder(tmp_path, name, options):
     net = faceless.create(name, embedding_dim=16, **options)
     images = faces(4, options["input_size"])
     net.train()(images).embedding.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
     again = faceless.load(faceless.save(net, tmp_path / "net"))
     assert torch.equal(again.embed(images), net.embed(images))
     assert again.options == net.options
@@ -230,6 +264,8 @@ def test_width_multiplies():
         ("pocketnet-s", {"input_size": 100}, "use a multiple of 16"),
         ("edgeface-xs", {"rank_ratio": 2}, "rank_ratio is 2"),
         ("tinyfar-a", {"input_size": 16}, "use 32 or more"),
+        ("ghostfacenet", {"stride": 3}, "use 0.25 to 8, and 1 or 2"),
+        ("inception-resnet-v1", {"input_size": 64}, "use 75 or more"),
         ("timm", {"model": "hf-hub:somebody/something"}, "timm has no model 'hf-hub:somebody/something'"),
         ("timm", {"model": "mobilenetv2_10"}, "did you mean mobilenetv2_1"),
     ],

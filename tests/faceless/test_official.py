@@ -37,7 +37,7 @@ def official(repository, path):
     return module
 
 
-def as_trained(net):
+def as_trained(net, size=112):
     """Scales, shifts and slopes unlike those of a new network, and the running statistics that belong to them."""
     for i, (key, parameter) in enumerate(net.named_parameters()):
         if parameter.ndim == 1:
@@ -46,7 +46,7 @@ def as_trained(net):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     with torch.no_grad():
-        net.train()(Rng.of(1, "statistics", range(4)).uniform(3, 112, 112, low=-1))
+        net.train()(Rng.of(1, "statistics", range(4)).uniform(3, size, size, low=-1))
     return net.eval()
 
 
@@ -105,6 +105,39 @@ def tinyfar(monkeypatch):
     return module.LightNetwork
 
 
+def insightface_mbf(monkeypatch):
+    module = official("deepinsight/insightface", "recognition/arcface_torch/backbones/mobilefacenet.py")
+    # Its forward pass opens autocast for CUDA, which does nothing without a GPU but warn.
+    return lambda name: getattr(module, name)(fp16=False, num_features=512)
+
+
+def mixfacenet(monkeypatch):
+    root = Path(os.environ["FACELESS_OFFICIAL"], "fdbtrs/mixfacenets")
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    for name in [name for name in sys.modules if name.split(".")[0] == "backbones"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = ModuleType("backbones")
+    package.__path__ = [str(root / "backbones")]
+    monkeypatch.setitem(sys.modules, "backbones", package)
+    module = importlib.import_module("backbones.mixnetm")
+    return lambda name, width, head: getattr(module, name)(width_scale=width, gdw_size=head)
+
+
+def facenet(monkeypatch):
+    for name in ("requests", "requests.adapters"):  # only wanted for downloads
+        stub = ModuleType(name)
+        stub.HTTPAdapter = None
+        monkeypatch.setitem(sys.modules, name, stub)
+    root = Path(os.environ["FACELESS_OFFICIAL"], "timesler/facenet-pytorch")
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    package = ModuleType("facenet_models")
+    package.__path__ = [str(root / "models")]
+    monkeypatch.setitem(sys.modules, "facenet_models", package)
+    return importlib.import_module("facenet_models.inception_resnet_v1").InceptionResnetV1
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "name", "nest"),
     [
@@ -120,6 +153,11 @@ def tinyfar(monkeypatch):
         (edgeface, ("edgenext_small", 0.5), "edgeface-s", lambda s: {f"module.{k}": v for k, v in s.items()}),
         (tinyfar, ("tinynet_a",), "tinyfar-a", lambda s: s),
         (tinyfar, ("tinynet_c",), "tinyfar-c", lambda s: s),
+        (insightface_mbf, ("get_mbf",), "mbf", lambda s: s),
+        (insightface_mbf, ("get_mbf_large",), "mbf-large", lambda s: {f"module.{k}": v for k, v in s.items()}),
+        (mixfacenet, ("mixnet_s", 0.5, 512), "mixfacenet-xs", lambda s: s),
+        (mixfacenet, ("mixnet_s", 1.0, 1024), "mixfacenet-s", lambda s: s),
+        (mixfacenet, ("mixnet_m", 1.0, 1024), "mixfacenet-m", lambda s: s),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -135,6 +173,23 @@ def test_same_weights_same_embeddings_of_other_families(tmp_path, monkeypatch, c
     difference = (found - expected).abs().max() / expected.abs().max()
     with capsys.disabled():
         print(f"{name}: {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def test_facenet(tmp_path, monkeypatch):
+    # With the classifier that its published files still hold.
+    theirs = as_trained(facenet(monkeypatch)(classify=True, num_classes=10, dropout_prob=0.0), 160)
+    theirs.classify = False
+    torch.save(theirs.state_dict(), tmp_path / "20180402-114759-vggface2.pt")
+    ours = faceless.load(tmp_path / "20180402-114759-vggface2.pt")
+    assert (ours.name, ours.spec.height) == ("inception-resnet-v1", 160)
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 160, 160).byte()
+    with torch.no_grad():
+        # Their fixed_image_standardization; what they return has length 1.
+        expected = theirs((images.float() - 127.5) / 128.0)
+        found = torch.nn.functional.normalize(ours(images).embedding)
+    difference = (found - expected).abs().max() / expected.abs().max()
+    print(f"inception-resnet-v1: {difference:.1e}")
     assert difference <= 1e-5
 
 
