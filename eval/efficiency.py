@@ -1,29 +1,37 @@
 """What a recognizer costs: parameters, operations, bytes, milliseconds.
 
+python eval/efficiency.py --model runs/quickstart/student dlib-resnet29 --memory true
+
 Conventions, since every paper has its own: a multiply-accumulate (MAC) is one multiplication with its addition, an
 operation (FLOP) is half of it; convolutions and matrix products are counted, while biases, normalization, activations,
-pooling and resizing are not. A megabyte is 10^6 bytes.
+pooling and resizing are not. `Operations` has what other conventions count besides. A megabyte is 10^6 bytes.
 """
 
 from __future__ import annotations
 
 import copy
+import json as json_format
 import math
 import multiprocessing
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from faceless.errors import InputError
+import faceless
+from eval.verify import chosen_device
+from faceless.errors import InputError, command
+from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
 
 CONVENTION = "1 MAC = 1 multiplication + 1 addition = 2 FLOPs; convolutions and matrix products without their biases"
@@ -64,12 +72,54 @@ def megabytes(module: nn.Module, precision: str = "fp32") -> float:
     ) / 1e6
 
 
-def macs(module: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-accumulates of one forward pass, half of what PyTorch's ``FlopCounterMode`` counts.
+@dataclass(frozen=True)
+class Operations:
+    """What one forward pass computes.
 
-    >>> macs(nn.Conv2d(1, 3, 3), torch.zeros(1, 1, 5, 5))  # 3 filters x 9 places x 9 weights
-    243
+    Attributes:
+        macs: multiply-accumulates of convolutions and matrix products, half of what ``FlopCounterMode`` counts.
+        biases: values to which a convolution or dense layer adds a bias.
+        normalized: values that pass through batch normalization.
+        rectified: values that pass through a PReLU.
     """
+
+    macs: int
+    biases: int
+    normalized: int
+    rectified: int
+
+    @property
+    def published(self) -> dict[str, int]:
+        """The number that people who count as these papers do would print."""
+        return {
+            "MACs (InsightFace, MobileFaceNet, GhostFaceNet)": self.macs,
+            "2 MACs (EdgeFace)": 2 * self.macs,
+            "2 MACs + 2 a normalized value + 1 a PReLU (PocketNet, MixFaceNet)": 2 * self.macs
+            + 2 * self.normalized
+            + self.rectified,
+            "2 (MACs + biases) (textbooks)": 2 * (self.macs + self.biases),
+        }
+
+
+def operations(module: nn.Module, *inputs: Tensor) -> Operations:
+    """Counts of one forward pass in eval mode.
+
+    >>> found = operations(nn.Conv2d(1, 3, 3), torch.zeros(1, 1, 5, 5))  # 3 filters x 9 places x 9 weights
+    >>> found.macs, found.biases
+    (243, 27)
+    """
+    counts = {"biases": 0, "normalized": 0, "rectified": 0}
+
+    def count(layer: nn.Module, _: Any, output: Tensor) -> None:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            counts["normalized"] += output.numel()
+        elif isinstance(layer, nn.PReLU):
+            counts["rectified"] += output.numel()
+        elif getattr(layer, "bias", None) is not None:
+            counts["biases"] += output.numel()
+
+    counted = (nn.modules.batchnorm._BatchNorm, nn.PReLU, nn.modules.conv._ConvNd, nn.Linear)
+    hooks = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, counted)]
     training = module.training
     module.eval()
     try:
@@ -78,7 +128,14 @@ def macs(module: nn.Module, *inputs: Tensor) -> int:
             module(*inputs)
     finally:
         module.train(training)
-    return counter.get_total_flops() // 2
+        for hook in hooks:
+            hook.remove()
+    return Operations(counter.get_total_flops() // 2, **counts)
+
+
+def macs(module: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward pass; see `Operations`."""
+    return operations(module, *inputs).macs
 
 
 @contextmanager
@@ -196,7 +253,7 @@ def measure(
     """
     spec, device = recognizer.spec, recognizer.scale.device
     face = torch.zeros(1, 3, spec.height, spec.width, dtype=torch.uint8, device=device)
-    operations = macs(recognizer, face)
+    counted = operations(recognizer, face)
     with _threads(threads) as count:
         times = {
             f"batch{batch}": latency(
@@ -208,9 +265,10 @@ def measure(
         "parameters": parameters(recognizer),
         "trainable": trainable(recognizer),
         "buffers": buffers(recognizer),
-        "macs": operations,
-        "flops": 2 * operations,
+        "macs": counted.macs,
+        "flops": 2 * counted.macs,
         "convention": CONVENTION,
+        "flops_by_convention": counted.published,
         "input": [spec.height, spec.width],
         "megabytes": {precision: megabytes(recognizer, precision) for precision in PRECISIONS},
         "latency_ms": times,
@@ -220,3 +278,91 @@ def measure(
     if memory:
         result["peak_megabytes"] = {f"batch{batch}": peak_megabytes(recognizer, batch) for batch in batches}
     return result
+
+
+def table(costs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The costs of several models as plain text, with every convention named."""
+    first = next(iter(costs.values()))
+    rows: list[tuple[str, list[str]]] = [("", list(costs))]
+
+    def add(name: str, value: Callable[[Mapping[str, Any]], str]) -> None:
+        rows.append((name, [value(cost) for cost in costs.values()]))
+
+    add("input, pixels", lambda cost: " x ".join(map(str, cost["input"])))
+    for name in ("parameters", "trainable", "buffers"):
+        add(name, lambda cost, name=name: f"{cost[name]:,}")
+    for name in first["flops_by_convention"]:
+        add(name, lambda cost, name=name: f"{cost['flops_by_convention'][name]:,}")
+    for name in first["megabytes"]:
+        add(f"MB in {name}", lambda cost, name=name: f"{cost['megabytes'][name]:.3f}")
+    for name in first["latency_ms"]:
+        add(f"ms, {name.replace('batch', 'batch of ')}", lambda cost, name=name: _time(cost["latency_ms"][name]))
+    for name in first.get("peak_megabytes", ()):
+        add(
+            f"peak MB, {name.replace('batch', 'batch of ')}",
+            lambda cost, name=name: f"{cost['peak_megabytes'][name]:.1f}",
+        )
+    widths = [max(len(name) for name, _ in rows)]
+    widths += [max(len(cells[i]) for _, cells in rows) for i in range(len(costs))]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]).rstrip()
+        for name, cells in rows
+    ]
+    return "\n".join(
+        [
+            lines[0],
+            "-" * max(map(len, lines)),
+            *lines[1:],
+            "",
+            f"MAC: {CONVENTION}.",
+            f"Times: median (5th to 95th percentile) in float32 on {first['device']}, {first['threads']} threads.",
+        ]
+    )
+
+
+def _time(time: Mapping[str, float]) -> str:
+    return f"{time['median']:.2f} ({time['p5']:.2f} - {time['p95']:.2f})"
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(prog="eval/efficiency.py", description="What recognizers cost.", exit_on_error=False)
+    options.add_argument(
+        "--model", nargs="+", required=True, metavar="SOURCE", help="names, folders or files that faceless.load reads"
+    )
+    options.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="batch sizes of the latency")
+    options.add_argument("--runs", type=int, default=50, help="timed runs of one face, a fifth of that for batches")
+    options.add_argument("--warmup", type=int, default=10, help="runs before them")
+    options.add_argument("--threads", type=int | None, help="of the CPU; as many as PyTorch uses by default")
+    options.add_argument("--memory", type=bool, default=False, help="also measure the peak memory")
+    options.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    options.add_argument("--json", type=str | None, help="write the figures here, by model")
+    return options
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        options = parser().parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(str(error)) from error
+    if min(options.batches) < 1 or options.runs < 1 or options.warmup < 0 or (options.threads or 1) < 1:
+        raise InputError("--batches, --runs and --threads are 1 or more, --warmup 0 or more")
+    device = chosen_device(options.device)
+    costs = {
+        source: measure(
+            faceless.load(source).to(device),
+            options.batches,
+            options.runs,
+            options.warmup,
+            options.threads,
+            options.memory,
+        )
+        for source in options.model
+    }
+    print(table(costs))
+    if options.json:
+        atomic_write(options.json, json_format.dumps(costs, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

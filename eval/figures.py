@@ -25,8 +25,13 @@ INK, MUTED, GRID = "#22262b", "#5d6672", "#e3e6ea"
 BLUE, ORANGE, GRAY, GREEN, PURPLE, YELLOW = "#0072b2", "#d55e00", "#8b939d", "#009e73", "#cc79a7", "#e69f00"
 #: The three that every report shows keep their color in all figures.
 NAMED = {"teacher": ORANGE, "student": BLUE, "untrained student": GRAY}
-DASHES = {"teacher": (0, (6, 2)), "untrained student": (0, (1.5, 1.5))}
+DASHES: dict[str, Any] = {"teacher": (0, (6, 2)), "untrained student": (0, (1.5, 1.5))}
 OTHERS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, GRAY)
+#: Lines of more models than there are colors repeat these in the next dashes.
+MORE_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
+MARKERS = "os^Dv"
+#: Pairs of unknown people that are still drawn anew for a band.
+MAX_PAIRS = 1 << 15
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -79,6 +84,20 @@ def colors(labels: Iterable[str]) -> dict[str, str]:
         **{label: NAMED[label] for label in labels if label in NAMED},
         **{label: (free or OTHERS)[i % len(free or OTHERS)] for i, label in enumerate(rest)},
     }
+
+
+def _repeated(labels: Iterable[str]) -> dict[str, int]:
+    """How often all colors were given away before each label got its own."""
+    rest = [label for label in dict.fromkeys(labels) if label not in NAMED]
+    free = len(OTHERS) - len(set(NAMED) & set(labels))
+    return {label: i // max(1, free) for i, label in enumerate(rest)}
+
+
+def dashes(labels: Iterable[str]) -> dict[str, Any]:
+    """The dashes of each label's line; with `colors` no two of up to 24 lines look the same."""
+    labels = list(labels)
+    more = {label: MORE_DASHES[n % len(MORE_DASHES)] for label, n in _repeated(labels).items()}
+    return {label: more.get(label, DASHES.get(label, "-")) for label in labels}
 
 
 @contextmanager
@@ -144,39 +163,53 @@ class Band:
 
 
 def bands(named: Mapping[str, Scores], replicates: int = 1000) -> dict[str, Band]:
-    """Bands of those models of which it is known whose the pairs are, from resampling people; none of 0 replicates."""
+    """Bands from resampling people, or pairs where nobody knows whose they are; none of very many pairs.
+
+    Args:
+        replicates: none are drawn of 0.
+    """
     found = {}
     for label, scores in named.items():
-        if scores.genuine_people is None or scores.impostor_people is None or not replicates:
-            continue
-        people = int(max(scores.genuine_people.max(), scores.impostor_people.max())) + 1
         rates = np.geomspace(1 / len(scores.impostor), 1, 97)
-        again = metrics.bootstrap(
-            scores.genuine,
-            scores.impostor,
-            scores.genuine_people,
-            scores.impostor_people,
-            metrics.resamples(people, replicates),
-            tuple(rates.tolist()),
-        )
+        if not replicates:
+            continue
+        if scores.genuine_people is not None and scores.impostor_people is not None:
+            people = int(max(scores.genuine_people.max(), scores.impostor_people.max())) + 1
+            again = metrics.bootstrap(
+                scores.genuine,
+                scores.impostor,
+                scores.genuine_people,
+                scores.impostor_people,
+                metrics.resamples(people, replicates),
+                tuple(rates.tolist()),
+            )
+        elif len(scores.genuine) + len(scores.impostor) <= MAX_PAIRS:
+            again = metrics.bootstrap_pairs(scores.genuine, scores.impostor, replicates, fars=tuple(rates.tolist()))
+        else:
+            continue
         low, high = np.nanquantile(again.tar, [0.025, 0.975], axis=0)
         found[label] = Band(rates, low, high)
     return found
 
 
-def roc(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None, lowest: float = 1e-4) -> str:
+def roc(
+    named: Mapping[str, Scores],
+    shaded: Mapping[str, Band] | None = None,
+    lowest: float = 1e-4,
+    name: str = "roc",
+) -> str:
     """ROC with a logarithmic false match rate: exact step curves, perhaps with their `bands`."""
     with _styled():
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        palette = colors(named)
+        palette, dashed = colors(named), dashes(named)
         for label, scores in named.items():
             band = (shaded or {}).get(label)
             if band is not None:
                 axes.fill_between(band.fmr, band.low, band.high, color=palette[label], alpha=0.16, linewidth=0)
             points = metrics.curve(scores.genuine, scores.impostor)
             x, y = _steps(points.fmr, points.tar)
-            axes.step(x, y, where="post", color=palette[label], linestyle=DASHES.get(label, "-"), label=label)
+            axes.step(x, y, where="post", color=palette[label], linestyle=dashed[label], label=label)
         axes.set_xscale("log")
         axes.set_xlim(lowest, 1)
         # From the next lower tenth: a page on which all curves lie at the top shows nothing.
@@ -188,19 +221,19 @@ def roc(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None, l
         axes.set_ylabel("True accept rate (1 − FNMR)")
         axes.legend(loc="lower right")
         described = "; ".join(f"{k}: {_rate(round(_tar(v, 1e-3), 4))} at FAR 0.1 %" for k, v in named.items())
-        return _svg(figure, "roc", f"ROC curves of {', '.join(named)}. True accept rates: {described}.")
+        return _svg(figure, name, f"ROC curves of {', '.join(named)}. True accept rates: {described}.")
 
 
 def _tar(scores: Scores, far: float) -> float:
     return metrics.tar_at_far(scores.genuine, scores.impostor, far).tar
 
 
-def det(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None) -> str:
+def det(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None, name: str = "det") -> str:
     """DET, both error rates logarithmic; step curves that end where one error in all comparisons would be."""
     with _styled():
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        palette = colors(named)
+        palette, dashed = colors(named), dashes(named)
         low_x = 10 ** np.floor(np.log10(min(1 / len(s.impostor) for s in named.values())))
         low_y = 10 ** np.floor(np.log10(min(1 / len(s.genuine) for s in named.values())))
         axes.plot([1e-9, 1], [1e-9, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), label="EER line")
@@ -214,9 +247,7 @@ def det(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None) -
             # Nothing accepted wrongly, or nothing rejected wrongly, is no place on a logarithmic axis.
             x = np.where(x == 0, first / 2, x)
             shown = y > 0
-            axes.step(
-                x[shown], y[shown], where="post", color=palette[label], linestyle=DASHES.get(label, "-"), label=label
-            )
+            axes.step(x[shown], y[shown], where="post", color=palette[label], linestyle=dashed[label], label=label)
             rate = metrics.eer(scores.genuine, scores.impostor)
             if rate > 0:
                 axes.plot([rate], [rate], "o", color=palette[label], markersize=5, markeredgecolor="white")
@@ -230,7 +261,7 @@ def det(named: Mapping[str, Scores], shaded: Mapping[str, Band] | None = None) -
         axes.set_ylabel("False non-match rate (FNMR)")
         axes.legend(loc="lower left", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85)
         described = "; ".join(f"{k} {_rate(round(metrics.eer(v.genuine, v.impostor), 4))}" for k, v in named.items())
-        return _svg(figure, "det", f"DET curves of {', '.join(named)}. Equal error rates: {described}.")
+        return _svg(figure, name, f"DET curves of {', '.join(named)}. Equal error rates: {described}.")
 
 
 def score_histograms(named: Mapping[str, Scores], name: str = "scores") -> str:
@@ -266,11 +297,11 @@ def sweep(named: Mapping[str, metrics.Sweep], figure: str) -> str:
     with _styled():
         drawing = Figure(figsize=(4.6, 3.2), layout="constrained")
         axes = drawing.add_subplot()
-        palette = colors(named)
+        palette, dashed = colors(named), dashes(named)
         title = {"f1": "F1"}.get(figure, figure)
         for label, swept in named.items():
             values = getattr(swept, figure)
-            style = DASHES.get(label, "-")
+            style = dashed[label]
             axes.plot(swept.thresholds, values, color=palette[label], linestyle=style, marker="o", ms=3.5, label=label)
         axes.set_xlabel("threshold of the cosine")
         axes.set_ylabel(title)
@@ -354,35 +385,133 @@ def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> str:
         if all("batch1" in cost.get("latency_ms", {}) for cost in costs):
             times = [cost["latency_ms"]["batch1"]["median"] for cost in costs]
             panels.append(("ms for one face", times))
+        bounds = {str(row["label"]): row.get("intervals", {}).get("tar_at_far", {}).get("1e-3") for row in rows}
         figure = Figure(figsize=(11.2, 0.85 + 0.38 * len(rows)), layout="constrained")
-        places = np.arange(len(rows))[::-1]
         for number, (title, values) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), number + 1)
-            axes.barh(places, values, height=0.62, color=[palette[label] for label in labels])
-            if number == 0:
-                bounds = [row.get("intervals", {}).get("tar_at_far", {}).get("1e-3") for row in rows]
-                for place, value, bound in zip(places, values, bounds, strict=True):
-                    if bound:
-                        reach = [[max(0.0, value - 100 * bound[0])], [max(0.0, 100 * bound[1] - value)]]
-                        axes.errorbar([value], [place], xerr=reach, color=INK, linewidth=1, capsize=2.5)
-            ends = [max(v, 100 * (b[1] if b else 0)) for v, b in zip(values, bounds)] if number == 0 else values
-            for place, value, end in zip(places, values, ends, strict=True):
-                axes.annotate(
-                    f"{value:.1f} %" if number == 0 else short(value),
-                    (end, place),
-                    (5, 0),
-                    textcoords="offset points",
-                    va="center",
-                )
-            axes.set_title(title)
-            axes.set_yticks(places, labels if number == 0 else [""] * len(labels))
-            axes.tick_params(axis="y", length=0, labelcolor=INK)
-            axes.set_xlim(0, 1.28 * max([*values, 1e-9]))
-            axes.xaxis.set_visible(False)
-            axes.grid(visible=False)
-            axes.spines["bottom"].set_visible(False)
+            _bars(axes, title, dict(zip(labels, values)), {} if number else bounds, palette, percent=number == 0)
+            axes.set_yticks(axes.get_yticks(), labels if number == 0 else [""] * len(labels))
         facts = "; ".join(
             f"{label}: " + ", ".join(f"{title} {short(values[i])}" for title, values in panels)
             for i, label in enumerate(labels)
         )
         return _svg(figure, "cost", f"Accuracy and cost. {facts}.")
+
+
+def _bars(
+    axes: Any,
+    title: str,
+    values: Mapping[str, float],
+    bounds: Mapping[str, Sequence[float] | None],
+    palette: Mapping[str, str],
+    percent: bool,
+) -> None:
+    """One horizontal bar for each label, from the top; values in percent may have intervals ``bounds`` of rates."""
+    places = np.arange(len(values))[::-1]
+    axes.barh(places, list(values.values()), height=0.62, color=[palette[label] for label in values])
+    for place, (label, value) in zip(places, values.items()):
+        end, bound = value, bounds.get(label)
+        if bound:
+            low, high = 100 * bound[0], 100 * bound[1]
+            reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar([value], [place], xerr=reach, color=INK, linewidth=1, capsize=2.5)
+            end = max(value, high)
+        text = f"{value:.1f} %" if percent else short(value)
+        axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center")
+    axes.set_title(title)
+    axes.set_yticks(places, list(values))
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlim(0, 1.28 * max([*values.values(), 1e-9]))
+    axes.xaxis.set_visible(False)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one model gets right: a rate, and its 95 % interval where there is one."""
+
+    value: float
+    interval: Sequence[float] | None = None
+
+
+def benchmark_bars(panels: Mapping[str, Mapping[str, Accuracy]], palette: Mapping[str, str]) -> str:
+    """One panel of bars for each benchmark; a model that was not measured there is left out of it.
+
+    Args:
+        panels: by the panel's title, the accuracy by the model's label.
+        palette: of all labels.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    most = max(map(len, panels.values()))
+    with _styled():
+        figure = Figure(figsize=(11.2, rows * (0.6 + 0.34 * most)), layout="constrained")
+        for number, (title, found) in enumerate(panels.items()):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            values = {label: 100 * accuracy.value for label, accuracy in found.items()}
+            _bars(axes, title, values, {label: a.interval for label, a in found.items()}, palette, percent=True)
+            if number % columns and list(found) == list(next(iter(panels.values()))):
+                axes.set_yticks(axes.get_yticks(), [""] * len(found))
+        facts = "; ".join(
+            f"{title}: " + ", ".join(f"{label} {_rate(round(a.value, 4))}" for label, a in found.items())
+            for title, found in panels.items()
+        )
+        return _svg(figure, "benchmarks", f"Accuracy on each benchmark. {facts}.")
+
+
+def pareto(
+    accuracies: Mapping[str, Accuracy], costs: Mapping[str, Mapping[str, float]], title: str, name: str = "pareto"
+) -> str:
+    """Accuracy against each cost, on logarithmic axes of cost, with the front of models that no other beats.
+
+    Args:
+        accuracies: by label.
+        costs: by the axis' title, the cost by label.
+        title: of the accuracy.
+    """
+    with _styled():
+        palette, repeated = colors(accuracies), _repeated(accuracies)
+        figure = Figure(figsize=(11.2, 3.6 + 0.16 * len(accuracies)), layout="constrained")
+        values = np.array([100 * a.value for a in accuracies.values()])
+        ends = [100 * end for a in accuracies.values() for end in (a.interval or [a.value])]
+        low, high = min([*values, *ends]), max([*values, *ends])
+        margin = max(0.08 * (high - low), 0.05)
+        first = None
+        fronts = []
+        for number, (axis_title, cost) in enumerate(costs.items()):
+            axes = figure.add_subplot(1, len(costs), number + 1, sharey=first)
+            spent = np.array([cost[label] for label in accuracies])
+            best = metrics.pareto(spent, values)
+            order = np.argsort(spent[best], kind="stable")
+            x, y = spent[best][order], values[best][order]
+            axes.set_xscale("log")
+            left, right = min(spent) / 1.6, max(spent) * 1.6
+            axes.set_xlim(left, right)
+            axes.plot([*x, right], [*y, y[-1]], color=MUTED, linewidth=1, drawstyle="steps-post", alpha=0.7, zorder=1)
+            for place, (label, accuracy) in enumerate(accuracies.items()):
+                if accuracy.interval:
+                    bounds = [[100 * accuracy.interval[0]], [100 * accuracy.interval[1]]]
+                    reach = [np.maximum(0, values[place] - bounds[0]), np.maximum(0, bounds[1] - values[place])]
+                    axes.errorbar(spent[place], values[place], reach, color=palette[label], linewidth=1, capsize=2.5)
+                marker = MARKERS[repeated.get(label, 0) % len(MARKERS)]
+                face = palette[label] if best[place] else "white"
+                axes.plot(
+                    [spent[place]], [values[place]], marker, ms=7, mfc=face, mec=palette[label], mew=1.6, label=label
+                )
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(PercentFormatter(100, symbol=" %"))
+            axes.set_ylim(low - margin, high + margin)
+            axes.set_xlabel(axis_title)
+            if first is None:
+                axes.set_ylabel(title)
+                handles = axes.get_legend_handles_labels()
+                first = axes
+            else:
+                axes.tick_params(axis="y", labelleft=False)
+            front = [label for label, chosen in zip(accuracies, best) if chosen]
+            fronts.append(f"{axis_title}: {', '.join(front)}")
+        figure.legend(*handles, loc="outside lower center", ncols=min(4, len(accuracies)), frameon=False)
+        return _svg(figure, name, f"{title} against cost. No other model beats, by {'; by '.join(fronts)}.")

@@ -806,6 +806,102 @@ def bootstrap_share(hits: Any, people: Any, weights: Array) -> Array:
         return (weights @ successes) / (weights @ trials)
 
 
+def bootstrap_pairs(
+    genuine: Any, impostor: Any, replicates: int, seed: int = 0, fars: Sequence[float] = (1e-2, 1e-3, 1e-4)
+) -> Bootstrap:
+    """`bootstrap` where nobody knows whose the pairs are: as many genuine and as many impostor pairs are drawn anew.
+
+    Pairs share people, so the truth is wider.
+    """
+    genuine, impostor = _checked(genuine, "genuine"), _checked(impostor, "impostor")
+    count = len(genuine)
+    # Each pair is a person of its own, and each impostor pair meets one more who is drawn once in every replicate.
+    weights = np.ones((replicates, count + len(impostor) + 1), np.int64)
+    weights[:, :count] = resamples(count, replicates, seed)
+    weights[:, count:-1] = resamples(len(impostor), replicates, seed + 1)
+    others = np.stack([np.arange(count, count + len(impostor)), np.full(len(impostor), count + len(impostor))], 1)
+    return bootstrap(genuine, impostor, np.arange(count), others, weights, fars)
+
+
+def group_rates(
+    genuine: Any,
+    impostor: Any,
+    genuine_people: Any,
+    impostor_people: Any,
+    groups: Sequence[str],
+    threshold: float,
+    weights: Array | None = None,
+) -> dict[str, Any]:
+    """FMR and FNMR within each group of people at one common threshold.
+
+    Args:
+        genuine, impostor: ``[G]`` and ``[I]`` scores.
+        genuine_people, impostor_people: ``[G]`` and ``[I, 2]`` positions in ``groups``; impostor pairs of two groups
+            count in none.
+        groups: of each person.
+        threshold: a score at or above it is accepted; it stays as it is in the replicates.
+        weights: ``[R, S]`` from `resamples`, for 95 % intervals; none without.
+
+    Raises:
+        ValueError: a group has no genuine or no impostor pair.
+
+    >>> found = group_rates([0.9, 0.2], [0.5, 0.1], [0, 2], [[0, 1], [2, 3]], ["a", "a", "b", "b"], 0.4)
+    >>> [(name, rates["fmr"], rates["fnmr"]) for name, rates in found["groups"].items()]
+    [('a', 1.0, 0.0), ('b', 0.0, 1.0)]
+    """
+    genuine, impostor = _checked(genuine, "genuine"), _checked(impostor, "impostor")
+    first, second = np.asarray(impostor_people).T
+    names = sorted(set(groups))
+    number = np.array([names.index(group) for group in groups])
+    own = number[np.asarray(genuine_people)]
+    common = np.where(number[first] == number[second], number[first], -1)
+    found: dict[str, dict[str, Any]] = {}
+    for position, name in enumerate(names):
+        mine, theirs = own == position, common == position
+        if not mine.any() or not theirs.any():
+            raise ValueError(f"group {name} has {int(mine.sum())} genuine and {int(theirs.sum())} impostor pairs")
+        missed, matched = genuine[mine] < threshold, impostor[theirs] >= threshold
+        rates: dict[str, Any] = {
+            "genuine": int(mine.sum()),
+            "impostor": int(theirs.sum()),
+            "fmr": float(matched.mean()),
+            "fnmr": float(missed.mean()),
+        }
+        if weights is not None:
+            people = np.flatnonzero(number == position)
+            place = np.empty(len(number), np.int64)
+            place[people] = np.arange(len(people))
+            drawn = weights[:, people].astype(np.float64)
+            pairs = place[first[theirs]] * len(people) + place[second[theirs]]
+            hits, trials = (
+                np.bincount(pairs, part, len(people) ** 2).reshape(len(people), -1)
+                for part in (matched.astype(np.float64), None)
+            )
+            with np.errstate(invalid="ignore"):
+                rates["fmr_interval"] = interval(((drawn @ hits) * drawn).sum(1) / ((drawn @ trials) * drawn).sum(1))
+            rates["fnmr_interval"] = interval(
+                bootstrap_share(missed, place[np.asarray(genuine_people)[mine]], weights[:, people])
+            )
+        found[name] = rates
+    result: dict[str, Any] = {"threshold": float(threshold), "groups": found}
+    for rate in ("fmr", "fnmr"):
+        values = [rates[rate] for rates in found.values()]
+        result[f"{rate}_max_min_ratio"] = max(values) / min(values) if min(values) else None
+    return result
+
+
+def pareto(costs: Any, values: Any) -> Array:
+    """Which of ``[M]`` models no other beats: none has as high a value at a lower cost, or a higher one as cheaply.
+
+    >>> pareto([1, 2, 3, 3], [0.5, 0.9, 0.8, 0.9]).tolist()
+    [True, True, False, False]
+    """
+    costs, values = np.asarray(costs, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    cheaper, better = costs[:, None] < costs, values[:, None] > values  # [i, j]: i against j
+    as_cheap, as_good = costs[:, None] <= costs, values[:, None] >= values
+    return ~((cheaper & as_good) | (as_cheap & better)).any(0)
+
+
 def caution(errors: int, trials: int) -> str | None:
     """What to bear in mind about a rate of ``errors`` in ``trials``, or None.
 

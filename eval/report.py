@@ -43,6 +43,13 @@ def write(run: str | Path) -> Path:
         raise InputError(f"{run}: no such folder")
     if not any((run / name).exists() for name in FILES):
         raise InputError(f"{run}: not the folder of a run; it holds none of {', '.join(FILES)}")
+    page = run / "report.html"
+    atomic_write(page, render("report.html", _context(run)))
+    return page
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """One of ``templates/`` as a page; all text of the context is escaped but `Markup`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -50,15 +57,13 @@ def write(run: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = run / "report.html"
-    atomic_write(page, environment.get_template("report.html").render(_context(run)))
-    return page
+    return environment.get_template(template).render(context)
 
 
 def _context(run: Path) -> dict[str, Any]:
     # All files are read before anything is drawn: a broken one shows at once.
-    provenance = _json(run / "provenance.json")
-    verification = _json(run / "verification.json")
+    provenance = read_json(run / "provenance.json")
+    verification = read_json(run / "verification.json")
     scores = _scores(run / "scores.npz")
     faces = _faces(run / "faces.npz")
     subsets: dict[str, list[dict[str, Any]]] = verification.get("subsets") or {}
@@ -100,7 +105,7 @@ def _context(run: Path) -> dict[str, Any]:
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty when there is no such file."""
     try:
         content = json.loads(path.read_text())
@@ -165,16 +170,19 @@ def _people(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"all {count} people" if count else "all people"
 
 
-def _percent(rate: Any) -> str:
+def percent(rate: Any) -> str:
+    """A rate in percent; a dash where there is none."""
     return f"{100 * rate:.2f}" if isinstance(rate, int | float) and math.isfinite(rate) else NONE
 
 
-def _rate(value: Any, bounds: Any) -> dict[str, str]:
+def rate(value: Any, bounds: Any) -> dict[str, str]:
+    """A cell of a table with a rate and its interval."""
     known = isinstance(bounds, list) and len(bounds) == 2
-    return {"text": _percent(value), "range": f"{_percent(bounds[0])} – {_percent(bounds[1])}" if known else ""}
+    return {"text": percent(value), "range": f"{percent(bounds[0])} – {percent(bounds[1])}" if known else ""}
 
 
-def _cost(value: Any, scale: float = 1.0, extent: str = "") -> dict[str, str]:
+def cost(value: Any, scale: float = 1.0, extent: str = "") -> dict[str, str]:
+    """A cell of a table with a number and its spread."""
     return {"text": figures.short(value / scale) if isinstance(value, int | float) else NONE, "range": extent}
 
 
@@ -196,15 +204,15 @@ def _group(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "label": label,
                 "color": palette[label],
                 "rates": [
-                    _rate(row.get("eer"), intervals.get("eer")),
-                    *(_rate(tars.get(far), ranges.get(far)) for far in TABLE_FARS),
-                    _rate(row.get("rank1"), intervals.get("rank1")),
+                    rate(row.get("eer"), intervals.get("eer")),
+                    *(rate(tars.get(far), ranges.get(far)) for far in TABLE_FARS),
+                    rate(row.get("rank1"), intervals.get("rank1")),
                 ],
                 "costs": [
-                    _cost(costs.get("parameters"), 1e6),
-                    _cost(costs.get("macs"), 1e6),
-                    _cost((costs.get("megabytes") or {}).get("fp32")),
-                    _cost(time.get("median"), extent=spread),
+                    cost(costs.get("parameters"), 1e6),
+                    cost(costs.get("macs"), 1e6),
+                    cost((costs.get("megabytes") or {}).get("fp32")),
+                    cost(time.get("median"), extent=spread),
                 ],
             }
         )

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 import faceless
 from eval import benchmarks, metrics
 from eval.benchmarks import Benchmark, Protocol, Report
-from eval.benchmarks.protocol import percent
+from eval.benchmarks.protocol import cached, percent
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
@@ -125,6 +125,7 @@ def verify(
     bootstrap: int = 1000,
     seed: int = 0,
     model: str | None = None,
+    cache: bool = False,
 ) -> Verification:
     """Compare every face with every other by the cosine of their embeddings.
 
@@ -133,6 +134,7 @@ def verify(
         bootstrap: replicates of the intervals, which resample people; 0 for none.
         seed: of the bootstrap.
         model: name in the report; the recognizer's source or architecture when None.
+        cache: keep embeddings in the cache folder, by SHA-256 of the model and of the crops.
 
     Raises:
         InputError: embeddings are NaN, or the benchmark has no genuine or no impostor pair.
@@ -140,7 +142,12 @@ def verify(
     model = model or str(recognizer.source.get("source") or recognizer.name or type(recognizer.backbone).__name__)
     if not benchmark.genuine_pairs or not benchmark.impostor_pairs:
         raise InputError(f"{benchmark.name}: needs two people or more, and two faces of at least one of them")
-    embeddings = recognizer.embed(benchmark.images, flip=flip).double().numpy()
+
+    def embed() -> np.ndarray:
+        return recognizer.embed(benchmark.images, flip=flip).numpy()
+
+    rows = cached(recognizer, benchmark.digest, len(benchmark), ["unit", flip], embed) if cache else embed()
+    embeddings = rows.astype(np.float64)
     broken = int((~np.isfinite(embeddings).all(1)).sum())
     if broken:
         raise InputError(f"{model}: embeddings of {broken} of {len(benchmark)} faces are NaN or infinite")
@@ -261,9 +268,7 @@ def parser() -> ArgumentParser:
     options.add_argument(
         "--sweep", type=bool, default=False, help="accuracy, precision, recall and F1 over thresholds from 0.30 to 0.70"
     )
-    options.add_argument(
-        "--cache", type=bool, default=True, help="keep the embeddings of protocols in the cache folder"
-    )
+    options.add_argument("--cache", type=bool, default=True, help="keep embeddings in the cache folder")
     options.add_argument("--bootstrap", type=int, default=1000, help="replicates for the intervals, 0 for none")
     options.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     options.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
@@ -291,7 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if options.people:
             benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))
-        results.append(verify(recognizer, benchmark, bool(options.flip), options.bootstrap, options.seed, source))
+        flip = bool(options.flip)
+        results.append(verify(recognizer, benchmark, flip, options.bootstrap, options.seed, source, options.cache))
     print(table(results))
     scores = {result.model: found for result in results if (found := result.arrays())}
     sweeps = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,12 @@ class Benchmark:
     @property
     def impostor_pairs(self) -> int:
         return len(self) * (len(self) - 1) // 2 - self.genuine_pairs
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the crops, under which their embeddings are cached."""
+        shape = str(list(self.images.shape)).encode()
+        return hashlib.sha256(shape + self.images.contiguous().numpy().tobytes()).hexdigest()
 
     def subset(self, people: slice | Sequence[int]) -> Benchmark:
         """The faces of some people, by position in ``names`` from 0; ``slice(20, 40)`` are persons 21 to 40.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.benchmarks.prepare import crops, natural, read_image
+from eval.benchmarks.prepare import crops
 from faceless.errors import InputError
+from faceless.images import natural, read_image
 from faceless.recognizer import resize
 
 #: All pairs of more faces than this do not fit into the memory of a small machine.

@@ -17,9 +17,9 @@ from torch import Tensor
 from eval import metrics
 from eval.benchmarks.folder import square
 from eval.benchmarks.people import genuine_scores
-from eval.benchmarks.prepare import natural, read_image
 from eval.benchmarks.protocol import Protocol, Report, files_digest, percent, read_ahead, unit
 from faceless.errors import InputError
+from faceless.images import natural, read_image
 
 FARS = {"1e-6": 1e-6, "1e-5": 1e-5, "1e-4": 1e-4, "1e-3": 1e-3}
 BLOCK = 1 << 24

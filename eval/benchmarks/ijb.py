@@ -20,7 +20,6 @@ from pyarrow import csv
 from torch import Tensor
 
 from eval import metrics
-from eval.benchmarks.prepare import read_image
 from eval.benchmarks.protocol import (
     Protocol,
     Report,
@@ -34,6 +33,7 @@ from eval.benchmarks.protocol import (
 )
 from faceless import align
 from faceless.errors import InputError
+from faceless.images import read_image
 
 FARS = {"1e-6": 1e-6, "1e-5": 1e-5, "1e-4": 1e-4, "1e-3": 1e-3, "1e-2": 1e-2, "1e-1": 1e-1}
 FPIRS = {"1e-2": 1e-2, "1e-1": 1e-1}

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from eval import metrics
-from eval.benchmarks.prepare import decode_image
 from eval.benchmarks.protocol import Protocol, Report, counted, percent, point_figures, point_rows, read_ahead, unit
 from faceless import restricted_pickle
 from faceless.errors import InputError
 from faceless.files import sha256
+from faceless.images import decode_image
 from faceless.recognizer import resize
 from faceless.restricted_pickle import Call
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from eval import metrics
 from eval.benchmarks.folder import listing, square
-from eval.benchmarks.prepare import crops, decode_image, natural, read_image
+from eval.benchmarks.prepare import crops
 from eval.benchmarks.protocol import Protocol, Report, files_digest, percent, read_ahead, unit
 from faceless.errors import InputError
+from faceless.images import decode_image, natural, read_image
 
 FARS = {"1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4, "1e-5": 1e-5, "1e-6": 1e-6}
 IMAGES, IDENTITIES = ("image", "img", "face"), ("identity", "person", "person_id", "subject", "label")

@@ -116,23 +116,35 @@ def evaluate(
 
 
 def embed(recognizer: Recognizer, protocol: Protocol, flip: bool, cache: bool = True) -> np.ndarray:
-    """Float32 embeddings ``[N, D]``, not normalized; with ``flip`` the sum of both; from the cache where it has them.
+    """Float32 embeddings ``[N, D]``, not normalized, with ``flip`` the sum of both; from the cache if it has them."""
+    if not cache:
+        return _embedded(recognizer, protocol, flip)
+    return cached(recognizer, protocol.digest, len(protocol), [flip], lambda: _embedded(recognizer, protocol, flip))
+
+
+def cached(
+    recognizer: Recognizer, digest: str, faces: int, how: Sequence[Any], make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Float32 ``[faces, D]`` that ``make`` computes, kept in the cache folder.
 
     A recognizer that was not loaded from a file has no SHA-256, and is not cached.
+
+    Args:
+        digest: SHA-256 of the faces.
+        how: whatever else the embeddings depend on.
     """
     weights = recognizer.source.get("sha256")
-    path = None
-    if cache and weights:
-        key = json.dumps([weights, recognizer.spec.asdict(), protocol.digest, flip], sort_keys=True)
-        name = f"{weights[:12]}-{protocol.digest[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-        path = assets.cache_folder() / "embeddings" / name
-        stored = _stored(path, (len(protocol), recognizer.embedding_dim))
-        if stored is not None:
-            return stored
-    found = _embedded(recognizer, protocol, flip)
-    if path is not None:
-        with atomic_path(path) as temporary:
-            np.save(temporary, found)
+    if not weights:
+        return make()
+    key = json.dumps([weights, recognizer.spec.asdict(), digest, *how], sort_keys=True)
+    name = f"{weights[:12]}-{digest[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    path = assets.cache_folder() / "embeddings" / name
+    stored = _stored(path, (faces, recognizer.embedding_dim))
+    if stored is not None:
+        return stored
+    found = make()
+    with atomic_path(path) as temporary:
+        np.save(temporary, found)
     return found
 
 

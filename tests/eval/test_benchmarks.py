@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from eval import benchmarks
-from eval.benchmarks import att_faces, prepare
-from faceless import assets
+from eval.benchmarks import att_faces
+from faceless import assets, images
 from faceless.errors import InputError
 
 
@@ -191,27 +191,27 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 1000)))
     with pytest.raises(InputError, match=r"bomb\.png"):
-        prepare.read_image(bomb)
+        images.read_image(bomb)
     header = struct.pack(">IIBBBBB", 8_000, 8_000, 8, 2, 0, 0, 0)
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 1000)))
     with pytest.raises(InputError, match="8000 x 8000 pixels; 40 million at most"):
-        prepare.read_image(bomb)
+        images.read_image(bomb)
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
         file.truncate(65 << 20)
     with pytest.raises(InputError, match="too many for an image"):
-        prepare.read_image(huge)
+        images.read_image(huge)
 
 
 def test_postscript_is_not_opened(tmp_path):
     script = tmp_path / "face.png"
     script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
     with pytest.raises(InputError, match="cannot be read as an image"):
-        prepare.read_image(script)
+        images.read_image(script)
 
 
 def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "phone.jpg", exif=exif)
-    assert prepare.read_image(tmp_path / "phone.jpg").shape == (3, 30, 20)
+    assert images.read_image(tmp_path / "phone.jpg").shape == (3, 30, 20)

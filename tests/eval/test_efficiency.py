@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -24,9 +26,9 @@ def test_three_filters_on_five_by_five_pixels():
     """30 parameters; 486 FLOPs without biases, 540 when a bias counts as a multiply-accumulate."""
     conv = nn.Conv2d(1, 3, 3)
     assert efficiency.parameters(conv) == 30
-    macs = efficiency.macs(conv, torch.zeros(1, 1, 5, 5))
-    assert 2 * macs == 486
-    assert 2 * (macs + 3 * 3 * 3) == 540
+    counted = efficiency.operations(conv, torch.zeros(1, 1, 5, 5))
+    assert counted.published["2 MACs (EdgeFace)"] == 486
+    assert counted.published["2 (MACs + biases) (textbooks)"] == 540
 
 
 def test_a_dense_layer_on_a_face():
@@ -58,6 +60,48 @@ def test_published_counts_of_mobilefacenet():
     """221,161,984 multiply-accumulates at 112 x 112 with 512 dimensions."""
     net = faceless.create("mobilefacenet", embedding_dim=512)
     assert efficiency.macs(net, torch.zeros(1, 3, 112, 112)) == 221_161_984
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "millions"),
+    [
+        ("mobilefacenet", {"embedding_dim": 512}, 451.50),
+        ("iresnet18", {}, 5233.33),
+        ("pocketnet-s", {"embedding_dim": 128}, 587.11),
+        ("pocketnet-m", {"embedding_dim": 128}, 1099.02),
+    ],
+)
+def test_published_flops_of_pocketnets_convention(name, options, millions):
+    """What fdbtrs/PocketNet and its relatives print: twice the MACs, 2 a normalized value, 1 a PReLU."""
+    net = faceless.create(name, **options).backbone
+    counted = efficiency.operations(net, torch.zeros(1, 3, 112, 112)).published
+    (key,) = [key for key in counted if "PocketNet" in key]
+    assert counted[key] / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_counting_leaves_nothing_behind():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4)).train()
+    found = efficiency.operations(net, torch.zeros(2, 3, 8, 8))
+    assert (found.biases, found.normalized, found.rectified) == (2 * 4 * 36,) * 3
+    assert net.training and not any(layer._forward_hooks for layer in net.modules())
+
+
+def test_the_command_names_its_conventions(tmp_path, capsys):
+    for seed in (0, 1):
+        student = faceless.create("slimresnet", embedding_dim=16, input_size=32, seed=seed)
+        faceless.save(student, tmp_path / f"m{seed}", record={})
+    models = [str(tmp_path / "m0"), str(tmp_path / "m1")]
+    small = ["--batches", "1", "2", "--runs", "3", "--warmup", "1", "--json", str(tmp_path / "costs.json")]
+    efficiency.main(["--model", *models, *small])
+    printed = capsys.readouterr().out
+    assert efficiency.CONVENTION in printed and "PocketNet" in printed
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert list(costs) == models
+    assert f"{costs[models[0]]['macs']:,}" in printed and f"{costs[models[0]]['megabytes']['int8']:.3f}" in printed
+    assert set(costs[models[1]]["latency_ms"]) == {"batch1", "batch2"}
+    with pytest.raises(SystemExit):
+        efficiency.main(["--model", *models, "--batches", "0"])
+    assert "error: --batches" in capsys.readouterr().err
 
 
 def test_quantiles_are_measured_times():

@@ -42,6 +42,12 @@ def some_pairs(count: int = 40, noise: float = 45.0):
     return images, same
 
 
+def write_pairs(path: Path, noise: float = 45.0) -> None:
+    """A ``.bin`` of 40 simulated pairs."""
+    images, same = some_pairs(noise=noise)
+    path.write_bytes(pickle.dumps(([encoded(image) for image in images], same), protocol=2))
+
+
 @pytest.fixture(scope="module")
 def content():
     images, same = some_pairs()
