@@ -1,5 +1,7 @@
 """Landmarks to aligned crops: dlib's chip and ArcFace's 112 template, for whole batches.
 
+``python -m faceless.align --photos FOLDER --output FOLDER`` aligns folders of photographs (`faceless.photographs`).
+
 Coordinates are ``(x, y)`` with integers at pixel centers. Three landmark schemes are known:
 
 - ``arcface5``: image-left eye, image-right eye, nose tip, image-left and image-right mouth corner;
@@ -243,6 +245,7 @@ class Landmarks:
         score: ``[N]`` float32, the detector's (a linear classifier's distance), NaN where it saw nothing.
         attempt: ``[N]`` int64, which of the attempts found the face, -1 for none.
         whole_image: whether the others got the whole-image box.
+        faces: ``[N]`` int64, how many faces that attempt saw.
     """
 
     points: Tensor
@@ -250,6 +253,7 @@ class Landmarks:
     score: Tensor
     attempt: Tensor
     whole_image: bool
+    faces: Tensor
 
     def __len__(self) -> int:
         return len(self.points)
@@ -299,14 +303,14 @@ def _scaled(images: Tensor, longer_side: int | None) -> tuple[Tensor, float, flo
 
 def _best_box(
     pixels: np.ndarray, attempts: Sequence[tuple[int, float]]
-) -> tuple[tuple[int, int, int, int] | None, float, int]:
-    """Left, top, right and bottom of the best detection, its score, and the attempt that found it."""
+) -> tuple[tuple[int, int, int, int] | None, float, int, int]:
+    """Left, top, right and bottom of the best detection, its score, the attempt that found it, and among how many."""
     for attempt, (doublings, threshold) in enumerate(attempts):
         boxes, scores, _ = _detector().run(pixels, doublings, threshold)
         if boxes:  # best first
             box = boxes[0]
-            return (box.left(), box.top(), box.right(), box.bottom()), scores[0], attempt
-    return None, math.nan, -1
+            return (box.left(), box.top(), box.right(), box.bottom()), scores[0], attempt, len(boxes)
+    return None, math.nan, -1, 0
 
 
 @torch.no_grad()
@@ -342,7 +346,9 @@ def detect(
         raise InputError(f"points is {points}; dlib's predictors find 5 or 68")
     if len(images) == 0:
         nothing = torch.empty(0)
-        return Landmarks(torch.empty(0, points, 2), nothing.bool(), nothing, nothing.long(), whole_image)
+        return Landmarks(
+            torch.empty(0, points, 2), nothing.bool(), nothing, nothing.long(), whole_image, nothing.long()
+        )
     dlib, predictor = _dlib(), _predictor(points)
     images = images.cpu()
     small, small_x, small_y = _scaled(images, detect_size)
@@ -358,7 +364,7 @@ def detect(
 
     hits = [_best_box(pixels, attempts) for pixels in small.numpy()]
     shapes = torch.full((len(images), points, 2), math.nan)
-    for shape, pixels, (box, _, _) in zip(shapes, large.numpy(), hits, strict=True):
+    for shape, pixels, (box, *_) in zip(shapes, large.numpy(), hits, strict=True):
         if box is not None:
             left, top, right, bottom = box
             edges = left * x_ratio, top * y_ratio, (right + 1) * x_ratio - 1, (bottom + 1) * y_ratio - 1
@@ -372,4 +378,11 @@ def detect(
     factor = torch.tensor((large_x, large_y))
     shapes = (shapes + 0.5) / factor - 0.5
     attempt, score = torch.tensor([hit[2] for hit in hits]), torch.tensor([hit[1] for hit in hits])
-    return Landmarks(shapes, attempt >= 0, score, attempt, whole_image)
+    faces = torch.tensor([hit[3] for hit in hits])
+    return Landmarks(shapes, attempt >= 0, score, attempt, whole_image, faces)
+
+
+if __name__ == "__main__":
+    from faceless.photographs import main
+
+    main()

