@@ -429,7 +429,7 @@ def _listed(bounds: Sequence[float] | None) -> list[float] | None:
 def notes(made: Comparison) -> str:
     """How to read the table."""
     cost = next(iter(made.costs.values()))
-    threads = f", {cost['threads']} threads" if cost["device"] == "cpu" else ""
+    threads = f", {cost['threads']} thread{'s' * (cost['threads'] != 1)}" if cost["device"] == "cpu" else ""
     return (
         "In brackets or below a figure: its 95 % interval (of times the 5th to 95th percentile). "
         f"Operations: {cost['convention']}. Times: median in float32 on {cost['device']}{threads}; they compare within "

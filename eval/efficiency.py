@@ -16,7 +16,7 @@ import multiprocessing
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -81,12 +81,14 @@ class Operations:
         biases: values to which a convolution or dense layer adds a bias.
         normalized: values that pass through batch normalization.
         rectified: values that pass through a PReLU.
+        pooled: values that the windows of max and average pooling hold, those in several windows several times.
     """
 
     macs: int
     biases: int
     normalized: int
     rectified: int
+    pooled: int
 
     @property
     def published(self) -> dict[str, int]:
@@ -94,9 +96,10 @@ class Operations:
         return {
             "MACs (InsightFace, MobileFaceNet, GhostFaceNet)": self.macs,
             "2 MACs (EdgeFace)": 2 * self.macs,
-            "2 MACs + 2 a normalized value + 1 a PReLU (PocketNet, MixFaceNet)": 2 * self.macs
+            "2 MACs + 2 a normalized value + 1 a PReLU or pooled value (PocketNet, MixFaceNet)": 2 * self.macs
             + 2 * self.normalized
-            + self.rectified,
+            + self.rectified
+            + self.pooled,
             "2 (MACs + biases) (textbooks)": 2 * (self.macs + self.biases),
         }
 
@@ -108,17 +111,24 @@ def operations(module: nn.Module, *inputs: Tensor) -> Operations:
     >>> found.macs, found.biases
     (243, 27)
     """
-    counts = {"biases": 0, "normalized": 0, "rectified": 0}
+    counts = {"biases": 0, "normalized": 0, "rectified": 0, "pooled": 0}
 
     def count(layer: nn.Module, _: Any, output: Tensor) -> None:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             counts["normalized"] += output.numel()
         elif isinstance(layer, nn.PReLU):
             counts["rectified"] += output.numel()
+        elif isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
+            sides = layer.kernel_size
+            window = math.prod(sides) if isinstance(sides, tuple) else sides**2
+            counts["pooled"] += window * output.numel()
         elif getattr(layer, "bias", None) is not None:
             counts["biases"] += output.numel()
 
-    counted = (nn.modules.batchnorm._BatchNorm, nn.PReLU, nn.modules.conv._ConvNd, nn.Linear)
+    counted = (
+        *(nn.modules.batchnorm._BatchNorm, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d),
+        *(nn.modules.conv._ConvNd, nn.Linear),
+    )
     hooks = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, counted)]
     training = module.training
     module.eval()
@@ -282,26 +292,21 @@ def measure(
 
 def table(costs: Mapping[str, Mapping[str, Any]]) -> str:
     """The costs of several models as plain text, with every convention named."""
-    first = next(iter(costs.values()))
-    rows: list[tuple[str, list[str]]] = [("", list(costs))]
-
-    def add(name: str, value: Callable[[Mapping[str, Any]], str]) -> None:
-        rows.append((name, [value(cost) for cost in costs.values()]))
-
-    add("input, pixels", lambda cost: " x ".join(map(str, cost["input"])))
+    all_costs, first = list(costs.values()), next(iter(costs.values()))
+    rows = [("", list(costs)), ("input, pixels", [" x ".join(map(str, cost["input"])) for cost in all_costs])]
     for name in ("parameters", "trainable", "buffers"):
-        add(name, lambda cost, name=name: f"{cost[name]:,}")
+        rows.append((name, [f"{cost[name]:,}" for cost in all_costs]))
     for name in first["flops_by_convention"]:
-        add(name, lambda cost, name=name: f"{cost['flops_by_convention'][name]:,}")
+        rows.append((name, [f"{cost['flops_by_convention'][name]:,}" for cost in all_costs]))
     for name in first["megabytes"]:
-        add(f"MB in {name}", lambda cost, name=name: f"{cost['megabytes'][name]:.3f}")
+        rows.append((f"MB in {name}", [f"{cost['megabytes'][name]:.3f}" for cost in all_costs]))
     for name in first["latency_ms"]:
-        add(f"ms, {name.replace('batch', 'batch of ')}", lambda cost, name=name: _time(cost["latency_ms"][name]))
+        times = [cost["latency_ms"][name] for cost in all_costs]
+        cells = [f"{time['median']:.2f} ({time['p5']:.2f} - {time['p95']:.2f})" for time in times]
+        rows.append((f"ms, {name.replace('batch', 'batch of ')}", cells))
     for name in first.get("peak_megabytes", ()):
-        add(
-            f"peak MB, {name.replace('batch', 'batch of ')}",
-            lambda cost, name=name: f"{cost['peak_megabytes'][name]:.1f}",
-        )
+        peaks = [f"{cost['peak_megabytes'][name]:.1f}" for cost in all_costs]
+        rows.append((f"peak MB, {name.replace('batch', 'batch of ')}", peaks))
     widths = [max(len(name) for name, _ in rows)]
     widths += [max(len(cells[i]) for _, cells in rows) for i in range(len(costs))]
     lines = [
@@ -315,13 +320,9 @@ def table(costs: Mapping[str, Mapping[str, Any]]) -> str:
             *lines[1:],
             "",
             f"MAC: {CONVENTION}.",
-            f"Times: median (5th to 95th percentile) in float32 on {first['device']}, {first['threads']} threads.",
+            f"Times: median (5th to 95th percentile) in float32 on {first['device']}; CPU threads: {first['threads']}.",
         ]
     )
-
-
-def _time(time: Mapping[str, float]) -> str:
-    return f"{time['median']:.2f} ({time['p5']:.2f} - {time['p95']:.2f})"
 
 
 def parser() -> ArgumentParser:

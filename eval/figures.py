@@ -494,13 +494,14 @@ def pareto(
                     bounds = [[100 * accuracy.interval[0]], [100 * accuracy.interval[1]]]
                     reach = [np.maximum(0, values[place] - bounds[0]), np.maximum(0, bounds[1] - values[place])]
                     axes.errorbar(spent[place], values[place], reach, color=palette[label], linewidth=1, capsize=2.5)
-                marker = MARKERS[repeated.get(label, 0) % len(MARKERS)]
+                look = {"marker": MARKERS[repeated.get(label, 0) % len(MARKERS)], "ms": 7, "mec": palette[label]}
                 face = palette[label] if best[place] else "white"
+                axes.plot([spent[place]], [values[place]], mfc=face, mew=1.6, **look)
                 axes.plot(
-                    [spent[place]], [values[place]], marker, ms=7, mfc=face, mec=palette[label], mew=1.6, label=label
-                )
+                    [], [], mfc=palette[label], linestyle="", label=label, **look
+                )  # the legend's is always filled
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(PercentFormatter(100, symbol=" %"))
             axes.set_ylim(low - margin, high + margin)

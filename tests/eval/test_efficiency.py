@@ -72,7 +72,7 @@ def test_published_counts_of_mobilefacenet():
     ],
 )
 def test_published_flops_of_pocketnets_convention(name, options, millions):
-    """What fdbtrs/PocketNet and its relatives print: twice the MACs, 2 a normalized value, 1 a PReLU."""
+    """What fdbtrs/PocketNet and its relatives print: twice the MACs, 2 a normalized value, 1 a PReLU or pooled one."""
     net = faceless.create(name, **options).backbone
     counted = efficiency.operations(net, torch.zeros(1, 3, 112, 112)).published
     (key,) = [key for key in counted if "PocketNet" in key]
@@ -80,9 +80,9 @@ def test_published_flops_of_pocketnets_convention(name, options, millions):
 
 
 def test_counting_leaves_nothing_behind():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4)).train()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.MaxPool2d(3, 3)).train()
     found = efficiency.operations(net, torch.zeros(2, 3, 8, 8))
-    assert (found.biases, found.normalized, found.rectified) == (2 * 4 * 36,) * 3
+    assert (found.biases, found.normalized, found.rectified, found.pooled) == (2 * 4 * 36,) * 4
     assert net.training and not any(layer._forward_hooks for layer in net.modules())
 
 

@@ -61,7 +61,8 @@ def test_mtcnn_finds_the_landmarks_that_dlib_finds(att):
     expected = align.arcface_points(theirs.points[both])
     eyes = (expected[:, 0] - expected[:, 1]).norm(dim=1)
     error = (found.points[both] - expected).norm(dim=2).mean(1) / eyes
-    assert error.median() < 0.08 and error.max() < 0.25
+    # Of the distance between the eyes; the two are trained on annotations that differ.
+    assert error.median() < 0.1 and (error < 0.35).all()
     assert (found.score[both] > 0.7).all() and (found.faces[both] >= 1).all()
 
 
