@@ -135,8 +135,10 @@ class SCRFD(Detector):
         for image in fitted.contiguous().numpy():
             outputs = self.session.run(None, {name: image[None]})
             boxes, points, scores = self._decoded(outputs, strides, anchors, side)
+            boxes, points = boxes / factor, points / factor
+            # InsightFace counts the last pixel of a box as part of it, in pixels of the photograph.
             kept = nms(boxes + boxes.new_tensor([0, 0, 1, 1]), scores, self.overlap)
-            found.append(Faces(boxes[kept] / factor, points[kept] / factor, scores[kept]))
+            found.append(Faces(boxes[kept], points[kept], scores[kept]))
         return found
 
     def _decoded(

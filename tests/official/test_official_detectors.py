@@ -32,7 +32,7 @@ def test_scrfd_decodes_as_insightface(official, tmp_path, seed):
     path = str(tiny_onnx.write(tmp_path / "x.onnx", outputs))
     detector = theirs.SCRFD(path)
     for height, width in ((64, 64), (128, 128)):  # of which the resizing is no matter: the outputs are always the same
-        boxes, points = detector.detect(np.zeros((height, width, 3), np.uint8), 0.5)
+        boxes, points = detector.detect(np.zeros((height, width, 3), np.uint8), input_size=(64, 64))
         (ours,) = SCRFD(path).faces(torch.zeros(1, 3, height, width, dtype=torch.uint8))
         assert len(ours.scores) == len(boxes) > 5
         np.testing.assert_allclose(torch.cat([ours.boxes, ours.scores[:, None]], 1), boxes, rtol=1e-6, atol=1e-4)
@@ -57,6 +57,7 @@ def test_mtcnn_is_facenet_pytorchs(official):
                 images.permute(0, 2, 3, 1).numpy(), 20, *nets, [0.6, 0.7, 0.7], 0.709, torch.device("cpu")
             )
         for ours, box, point in zip(MTCNN().faces(images), boxes, points):
+            box, point = box.astype(np.float32), point.astype(np.float32)  # they are arrays of objects
             assert len(ours.scores) == len(box)
             worst = max(worst, float(np.abs(ours.points.numpy() - point).max()) if len(box) else 0.0)
             np.testing.assert_allclose(torch.cat([ours.boxes, ours.scores[:, None]], 1), box, atol=0.02, rtol=1e-4)
