@@ -29,10 +29,11 @@ from torch import Tensor
 from distill.gather import gather
 from eval import benchmarks
 from eval.benchmarks.folder import listing, square
-from eval.benchmarks.prepare import crops, read_image
+from eval.benchmarks.prepare import crops
 from faceless import align
 from faceless.errors import InputError, suggest
 from faceless.files import sha256, visible
+from faceless.images import read_image
 from faceless.randomness import Rng, permutation
 from faceless.recognizer import MAX_SIDE, Output, Recognizer
 from faceless.settings import Settings, recipe

@@ -494,12 +494,10 @@ def pareto(
                     bounds = [[100 * accuracy.interval[0]], [100 * accuracy.interval[1]]]
                     reach = [np.maximum(0, values[place] - bounds[0]), np.maximum(0, bounds[1] - values[place])]
                     axes.errorbar(spent[place], values[place], reach, color=palette[label], linewidth=1, capsize=2.5)
-                look = {"marker": MARKERS[repeated.get(label, 0) % len(MARKERS)], "ms": 7, "mec": palette[label]}
-                face = palette[label] if best[place] else "white"
-                axes.plot([spent[place]], [values[place]], mfc=face, mew=1.6, **look)
-                axes.plot(
-                    [], [], mfc=palette[label], linestyle="", label=label, **look
-                )  # the legend's is always filled
+                marker, color = MARKERS[repeated.get(label, 0) % len(MARKERS)], palette[label]
+                face = color if best[place] else "white"
+                axes.plot([spent[place]], [values[place]], marker, ms=7, mfc=face, mec=color, mew=1.6)
+                axes.plot([], [], marker, ms=7, mfc=color, mec=color, label=label)  # the legend's is always filled
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())

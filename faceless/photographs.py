@@ -243,6 +243,8 @@ def align_photographs(settings: Settings[Photographs], progress: bool = True) ->
     content |= detector.provenance()
     _claim(output, content)
 
+    for left in output.rglob(f".tmp-{'[0-9a-f]' * 12}-*"):  # of a command that was killed
+        left.unlink(missing_ok=True)
     before = _crops_before(output)
     # What will be written is on record first: a crop whose block was never finished can then be told from others.
     plan = {"files": [list(vars(photo).values()) for block in blocks for photo in block]}

@@ -125,6 +125,7 @@ def test_a_full_disk_and_then_the_same_command_again(photos, aligned, tmp_path, 
     assert 0 < len(contents(tmp_path / "out")) < len(contents(aligned[0]))
     assert not (tmp_path / "out" / "report.json").exists()
     monkeypatch.undo()
+    (tmp_path / "out" / "s1" / ".tmp-0123456789ab-1.png").write_bytes(b"left by a command that was killed")
     run(photos, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(aligned[0])
 
