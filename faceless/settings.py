@@ -91,7 +91,7 @@ def parse(
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later options override it")
     parser.add_class_arguments(cls, None)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed())
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[cls.__module__, *allowed()])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
