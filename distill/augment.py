@@ -9,7 +9,8 @@ cached.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
+from faceless import degrade
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -155,3 +157,63 @@ class Augment:
             rows = noisy.to(faces.device)
             faces = faces.index_add(0, rows, grain.to(faces).expand(-1, 3, -1, -1))
         return faces
+
+
+@dataclass
+class Degrade:
+    """What only the student's copy of an augmented face suffers: the teacher, which does not see it, says what was
+    there. For students that will meet small, masked or covered faces.
+
+    Args:
+        resolutions: sides in pixels of the whole face; each face is shrunk to one of them, drawn at random, and
+            enlarged again. A side not below that of the face leaves it alone; no sides leave all alone.
+        schedule: ``all`` draws from all resolutions at any time; ``descending`` from the largest only at the start of
+            the run, and admits the next ones at equal intervals.
+        method, blur: see `faceless.degrade.low_resolution`.
+        mask: probability of a mask over mouth and nose.
+        occlude: probability of something in front of the face.
+    """
+
+    resolutions: list[int] = field(default_factory=list)
+    schedule: Literal["all", "descending"] = "all"
+    method: Literal["antialias", "nearest"] = "antialias"
+    blur: float = 0.0
+    mask: float = 0.0
+    occlude: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("mask", "occlude"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"degrade.{name} is {getattr(self, name)}; a probability lies in 0..1")
+        if self.blur < 0.0:
+            raise InputError(f"degrade.blur is {self.blur}; it cannot be negative")
+        if any(side < 4 for side in self.resolutions):
+            raise InputError(f"degrade.resolutions are {self.resolutions}; use 4 pixels or more")
+
+    def __call__(self, faces: Tensor, framing: str, rng: Rng, done: float = 1.0) -> Tensor:
+        """The student's copy of ``faces [B, 3, H, W]``, float in 0..255; the same shape.
+
+        Args:
+            framing: of the faces, for where a mask goes.
+            rng: for these B faces.
+            done: share of the run that is behind, for ``descending``.
+        """
+        draws = rng.uniform(3)
+        for column, share, cover in ((0, self.mask, degrade.mask), (1, self.occlude, degrade.occlude)):
+            # The draws live on the CPU, so choosing rows costs no host-device synchronisation.
+            covered = (draws[:, column] < share).nonzero().squeeze(1)
+            if len(covered):
+                rows = covered.to(faces.device)
+                numbers = rng.child(cover.__name__).rows(covered)
+                faces = faces.index_copy(0, rows, cover(faces[rows], framing, numbers))
+        sides = sorted(self.resolutions, reverse=True)
+        if self.schedule == "descending":
+            sides = sides[: 1 + int(done * len(sides))]
+        drawn = (draws[:, 2] * len(sides)).long()
+        for number, side in enumerate(sides):
+            small = (drawn == number).nonzero().squeeze(1)
+            if len(small) and side < faces.shape[-1]:
+                rows = small.to(faces.device)
+                shrunk = degrade.low_resolution(faces[rows], side, method=self.method, blur=self.blur)
+                faces = faces.index_copy(0, rows, shrunk)
+        return faces.clamp(0.0, 255.0)

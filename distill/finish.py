@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import faceless
+from distill.cohort import Cohort, alone
+from distill.ensembles import Nobody
 from distill.objective import Objective
 from distill.settings import Run
 from distill.teachers import FrozenTeacher
 from eval import benchmarks, efficiency, report
-from eval.benchmarks import Benchmark, parse_people
+from eval.benchmarks import Benchmark, conditions, parse_people, under
 from eval.verify import verify
 from faceless import assets
 from faceless.errors import InputError
@@ -32,6 +34,8 @@ TOLD = ("kind", "faces", "generator", "licence", "parts", "people")  # of the re
 
 def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
     """The benchmark of the run, made ready on one process first."""
+    for condition in run.verification.conditions:
+        conditions.check(condition)
     if run.verification.benchmark is None:
         return None
     with accelerator.main_process_first():
@@ -82,12 +86,16 @@ def finish(
     provenance = record | {"assets": assets.used()}
     atomic_write(output / "provenance.json", json.dumps(provenance, indent=1, default=str) + "\n")
     student = student.cpu().eval()
-    kept = {key: record[key] for key in ("teacher", "real_faces_in_training", "started_from") if key in record}
-    faceless.save(student, output / "student", kept | {"training_faces": training_faces(run)})
+    for number, peer in enumerate(student.others() if isinstance(student, Cohort) else (), 1):
+        faceless.save(peer, output / "peers" / str(number), student_record(run, record))
+    student = alone(student)
+    faceless.save(student, output / "student", student_record(run, record))
     save_faces(run, output, teacher, student, objective)
     if benchmark is not None:
         label = "untrained student" if run.student.start is None else "student before"
         models = {"teacher": teacher.recognizer.cpu(), "student": student, label: before.cpu().eval()}
+        if isinstance(run.teacher, Nobody):
+            del models["teacher"]
         verify_all(run, output, models, benchmark)
     page = report.write(output)
     print(f"student: {output / 'student'}\nreport:  {page}")
@@ -96,6 +104,12 @@ def finish(
 def teacher_record(teacher: Recognizer) -> dict[str, Any]:
     """Which network taught."""
     return {"name": teacher.name, "embedding_dim": teacher.embedding_dim} | teacher.source
+
+
+def student_record(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """What of the run's record goes into a student's own config."""
+    kept = {key: record[key] for key in ("teacher", "real_faces_in_training", "started_from") if key in record}
+    return kept | {"training_faces": training_faces(run)}
 
 
 def training_faces(run: Run) -> dict[str, Any]:
@@ -127,6 +141,8 @@ def make_record(run: Run, teacher: Recognizer, before: Recognizer, benchmark: Be
     if benchmark is not None and (people := trained_on(run, len(benchmark.names))):
         names = [benchmark.names[i] for i in sorted(people)]
         more["split"] = {"trained_on": names, "verified_on": run.verification.subsets()}
+    if run.degrade is not None:
+        more["degrade"] = asdict(run.degrade)
     if reasons := reals(run, before):
         more["real_faces_because"] = reasons
     return {
@@ -170,6 +186,12 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
     # People who were trained on are not verified on; without such, everybody comes first.
     subsets = {} if trained_on(run, people) else {"all": benchmark}
     subsets |= {name: benchmark.subset(parse_people(name, people)) for name in chosen.subsets()}
+    whose = list(subsets)
+    for condition in chosen.conditions:
+        worse = under(benchmark, condition)
+        for name in whose:
+            some = worse if name == "all" else worse.subset(parse_people(name, people))
+            subsets[f"{name} {condition}"] = some
     costs = {label: efficiency.measure(model) for label, model in models.items()}
     results: dict[str, list[dict[str, Any]]] = {}
     scores: dict[str, np.ndarray] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distill.augment import Augment
+from distill.augment import Augment, Degrade
+from distill.ensembles import Nobody, Snapshots, Teachers
 from distill.losses.base import Loss
 from distill.objective import Adaptive, Classifier
 from distill.sources import Source
@@ -104,12 +105,15 @@ class Verification:
         bootstrap: replicates for the intervals.
         people: subsets to report besides all people, such as ``21-40``; None takes those of att-faces whom nothing here
             was tuned on, 21-40, and none of other benchmarks.
+        conditions: worse conditions under which they are verified too, such as ``28px``, ``masked`` or
+            ``masked/clean`` (see `eval.benchmarks.conditions`).
     """
 
     benchmark: str | None = "att-faces"
     flip: bool = False
     bootstrap: int = 1000
     people: list[str] | None = None
+    conditions: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.bootstrap < 0:
@@ -127,14 +131,20 @@ class Run:
     """A distillation run.
 
     Args:
-        teacher: anything `faceless.load` takes.
+        teacher: anything `faceless.load` takes, or several of them (see `distill.ensembles`).
         source: where the faces of a step come from.
         losses: named terms of the objective.
         output: folder of the run; an existing one of the same settings is resumed.
         student: the network to train.
+        peers: further students that train along, for mutual learning (see `distill.losses.mutual`).
+        chain: train several students, each taught by the one before, and the first by ``teacher``: for each the dotted
+            keys in which it differs from this recipe; the seed counts up by itself. All but the last, which is the
+            run's, are whole runs of their own in ``output/link-1``, ``output/link-2``, and so on.
+        snapshot_every: keep the student as it is every so many steps in ``output/snapshots``; null keeps none.
         augment: what is done to the faces that teacher and student see.
         teacher_sees: ``view``: the augmented face that the student sees; or ``face``: the face before augmentation,
             so that the student learns to see through the augmentation.
+        degrade: what only the student's copy of a view suffers: resolution, masks, occlusion; null for nothing.
         teacher_cache: folder to keep the teacher's embeddings of all views of a fixed set of faces in, so that it runs
             once per view instead of once per step; None asks it at every step. Views need the source's ``views``.
             Feature maps that losses want are kept beside them.
@@ -161,13 +171,17 @@ class Run:
         show_real_faces: let the report show training faces of real people too.
     """
 
-    teacher: str
+    teacher: str | Teachers
     source: Source
     losses: dict[str, Term]
     output: str = "runs/run"
     student: Student = field(default_factory=Student)
+    peers: list[Student] | None = None
+    chain: list[dict[str, Any]] | None = None
+    snapshot_every: int | None = None
     augment: Augment = field(default_factory=Augment)
     teacher_sees: Literal["view", "face"] = "view"
+    degrade: Degrade | None = None
     teacher_cache: str | None = None
     pseudo_identities: int | None = None
     classifier: Classifier | None = None
@@ -200,5 +214,17 @@ class Run:
             raise InputError(f"ema is {self.ema}; it must be at least 0 and below 1")
         if self.pseudo_identities is not None and (self.pseudo_identities < 2 or self.teacher_cache is None):
             raise InputError("pseudo_identities is the number of clusters, 2 or more, and needs teacher_cache")
+        if any(peer.start is not None for peer in self.peers or ()):
+            raise InputError("peers: a peer starts from fresh weights; leave out its start")
+        if self.snapshot_every is not None and self.snapshot_every < 1:
+            raise InputError(f"snapshot_every is {self.snapshot_every}; it must be at least 1, or null")
+        if isinstance(self.teacher, Snapshots) and self.center:
+            raise InputError(
+                "center: snapshots have means of their own; set it to false (students are centered already)"
+            )
+        if isinstance(self.teacher, Nobody) and (self.validation.faces or self.pseudo_identities or self.teacher_cache):
+            raise InputError(
+                "there is no teacher: set validation.faces to 0, and leave out pseudo_identities and teacher_cache"
+            )
         if not self.losses:
             raise InputError("losses is empty; name at least one loss, for example losses.cosine")

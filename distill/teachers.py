@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,8 +52,34 @@ class FrozenTeacher(nn.Module):
             out = self.recognizer(images, features=self.features)
         return Output(out.embedding.float(), None if out.logits is None else out.logits.float(), out.features)
 
+    def at(self, done: float) -> None:
+        """Learn how much of the run is behind, as a share."""
+
     def forward(self, images: Tensor, batch: Batch) -> Output:
         return self.see(images)
+
+
+class StagedTeacher(FrozenTeacher):
+    """Teachers one after the other, each for an equal part of the run.
+
+    Outside of training (`see`) the last one answers.
+
+    Args:
+        stages: from the first to the last.
+    """
+
+    def __init__(self, stages: Sequence[FrozenTeacher]):
+        last = stages[-1]
+        super().__init__(last.recognizer, last.autocast, last.features)
+        self.stages = tuple(stages)  # no sub-modules: the last is one already
+        self.now = 0
+
+    def at(self, done: float) -> None:
+        self.now = min(int(done * len(self.stages)), len(self.stages) - 1)
+
+    def forward(self, images: Tensor, batch: Batch) -> Output:
+        answer: Output = self.stages[self.now](images, batch)
+        return answer
 
 
 class CachedTeacher(FrozenTeacher):

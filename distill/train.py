@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 import faceless
 from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
-from distill.finish import finish, load_benchmark, make_record, reals
+from distill.cohort import Cohort, alone
+from distill.ensembles import FusedRecognizer, load_teachers
+from distill.finish import finish, load_benchmark, make_record, reals, student_record
 from distill.global_norm import globalize
 from distill.identities import stored
 from distill.mixtures import MixtureSource
@@ -32,11 +34,12 @@ from distill.muon import Muon
 from distill.objective import Objective
 from distill.settings import Optimizer, Run, Student
 from distill.sources import Place, Rows
-from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher
+from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher, StagedTeacher
 from distill.validation import Validator
 from faceless import processes
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
+from faceless.randomness import Rng
 from faceless.recognizer import Recognizer
 from faceless.settings import Settings, parse
 
@@ -44,11 +47,43 @@ from faceless.settings import Settings, parse
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of this process."""
     settings: Settings[Run] = parse(Run, arguments, program="distill/train.py", description=__doc__ or "")
-    train(settings)
+    *before, last = links(settings)
+    for link in before:
+        plain = link.asdict()
+        folder = Path(plain["output"])
+        if (folder / "report.html").is_file():
+            check_same_settings(folder / "settings.yaml", plain)
+        else:
+            train(link, more=True)
+    train(last)
 
 
-def train(settings: Settings[Run]) -> Path:
-    """Train, save, verify and report; returns the folder of the run."""
+def links(settings: Settings[Run]) -> list[Settings[Run]]:
+    """The runs of a chain, each with the student of the one before as its teacher; or the one run there is.
+
+    Raises:
+        InputError: a link names what is no key, or what the chain sets by itself.
+    """
+    plain = settings.asdict()
+    if not (chain := plain["chain"]):
+        return [settings]
+    found, teacher = [], plain["teacher"]
+    for number, changes in enumerate(chain, 1):
+        if taken := {"teacher", "output", "chain"} & set(changes):
+            raise InputError(f"chain: link {number} sets {min(taken)}, which follows from the chain")
+        output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
+        own = {"seed": plain["seed"] + number - 1} | changes  # generations start from other weights
+        found.append(settings.changed(own | {"teacher": teacher, "output": output, "chain": None}))
+        teacher = f"{output}/student"
+    return found
+
+
+def train(settings: Settings[Run], more: bool = False) -> Path:
+    """Train, save, verify and report; returns the folder of the run.
+
+    Args:
+        more: these processes have another run to do after this one, which waits for it.
+    """
     run = settings.build()
     output = Path(run.output)
     check_same_settings(output / "settings.yaml", settings.asdict())
@@ -56,9 +91,10 @@ def train(settings: Settings[Run]) -> Path:
     main_process, device = accelerator.is_main_process, accelerator.device
 
     # Whatever is wrong with the settings shows here, before any face is made.
-    teacher_net = faceless.load(run.teacher)
+    teacher_nets = load_teachers(run.teacher)
+    teacher_net = teacher_nets[-1]
     student = make_student(run, teacher_net)
-    untrained = copy.deepcopy(student)
+    untrained = copy.deepcopy(alone(student))
     objective = make_objective(run, student, teacher_net)
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
@@ -80,7 +116,7 @@ def train(settings: Settings[Run]) -> Path:
     for reason in reals(run, untrained):
         accelerator.print(f"\n  REAL FACES: {reason}; the record of this run says so.\n")
 
-    teacher = make_teacher(run, teacher_net, objective, accelerator)
+    teacher = make_teacher(run, teacher_nets, objective, accelerator)
     identify(run, teacher, objective, accelerator)
     record = make_record(run, teacher_net, untrained, benchmark)
     check_same_record(output / "provenance.json", record)
@@ -142,6 +178,7 @@ def train(settings: Settings[Run]) -> Path:
                 },
             )
 
+    framing = teacher_net.spec.framing
     trained.train()
     objective.train()
     with bar:
@@ -149,7 +186,11 @@ def train(settings: Settings[Run]) -> Path:
             batch = run.source.batch(step)
             faces = batch.images.to(device, non_blocking=True)
             images = run.augment(faces, batch.rng)
+            done = step / run.steps
+            teacher.at(done)
             seen = teacher(images if run.teacher_sees == "view" else faces, batch)
+            if run.degrade is not None:
+                images = run.degrade(images, framing, batch.rng.child("student"), done)
             with accelerator.autocast():
                 out = trained(images, features=bare_objective.student_features)
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
@@ -191,13 +232,19 @@ def train(settings: Settings[Run]) -> Path:
                     metrics.write({"step": step, "validation": agreement})
                 accelerator.log({f"validation/{name}": value for name, value in agreement.items()}, step=step)
                 since, since_step = time.perf_counter(), step
+            if run.snapshot_every and step % run.snapshot_every == 0 and main_process:
+                current = average if run.ema else accelerator.unwrap_model(student)
+                faceless.save(current, output / "snapshots" / f"step-{step:08d}", student_record(run, record))
             if step % run.checkpoint_every == 0 or step == run.steps:
                 save()
     final = average if run.ema else accelerator.unwrap_model(student)
     accelerator.wait_for_everyone()
-    accelerator.end_training()  # the processes part here
+    if not more:
+        accelerator.end_training()  # the processes part here
     if main_process:
         finish(run, output, record, teacher, final, untrained, bare_objective, benchmark)
+    if more:
+        accelerator.wait_for_everyone()
     return output
 
 
@@ -242,16 +289,25 @@ def native_precision(cpu: bool) -> str:
 
 
 def make_student(run: Run, teacher: Recognizer) -> Recognizer:
-    """The student, framed as its teacher is: both see the same crops."""
-    if run.student.start is not None:
-        return load_start(run.student, teacher)
+    """The student, with its peers if it has some."""
+    wanted = [run.student, *(run.peers or [])]
+    # Peers of one architecture must not start as one network.
+    seeds = [run.seed, *Rng.of(run.seed, "peers", range(1, len(wanted))).integers(1 << 31, 1).flatten().tolist()]
+    student, *peers = (make_network(one, teacher, seed) for one, seed in zip(wanted, seeds))
+    return Cohort(student, peers) if peers else student
+
+
+def make_network(wanted: Student, teacher: Recognizer, seed: int) -> Recognizer:
+    """A student, framed as its teacher is: both see the same crops."""
+    if wanted.start is not None:
+        return load_start(wanted, teacher)
     return faceless.create(
-        run.student.name,
-        embedding_dim=run.student.embedding_dim or teacher.embedding_dim,
-        input_size=run.student.input_size,
+        wanted.name,
+        embedding_dim=wanted.embedding_dim or teacher.embedding_dim,
+        input_size=wanted.input_size,
         framing=teacher.spec.framing,
-        seed=run.seed,
-        **run.student.options,
+        seed=seed,
+        **wanted.options,
     )
 
 
@@ -293,13 +349,25 @@ def make_objective(run: Run, student: Recognizer, teacher: Recognizer) -> Object
         classifier=run.classifier,
     )
     objective.probe(student, teacher)
+    for peer in range(len(run.peers or ())):
+        if f"peers.{peer}" not in objective.student_features:
+            raise InputError(f"peers: no loss reaches peer {peer + 1}; see distill.losses.mutual")
     return objective
 
 
-def make_teacher(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
-    """The frozen teacher; with a cache, filled here by all processes together."""
+def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
+    """The frozen teacher, ready to be asked."""
+    for net in nets:
+        net.to(accelerator.device)
+        if isinstance(net, FusedRecognizer):
+            net.calibrate(run.source.sample(net.faces))
+    stages = [make_stage(run, net, objective, accelerator) for net in nets]
+    return stages[0] if len(stages) == 1 else StagedTeacher(stages)
+
+
+def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
+    """One network as a teacher; with a cache, filled here by all processes together."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    net = net.to(accelerator.device)
     if run.teacher_cache is None:
         return FrozenTeacher(net, dtype, objective.teacher_features)
     sources = run.source.sources if isinstance(run.source, MixtureSource) else {"": run.source}
@@ -363,7 +431,7 @@ def check_labels(run: Run, objective: Objective) -> None:
 
 def identify(run: Run, teacher: FrozenTeacher, objective: Objective, accelerator: Accelerator) -> None:
     """Give the faces pseudo-identities, and the objective the mean teacher embedding of each identity, as wanted."""
-    source = run.source
+    source, teacher = run.source, teacher.stages[-1] if isinstance(teacher, StagedTeacher) else teacher
     if not isinstance(source, Rows) or not isinstance(teacher, CachedTeacher):
         return
     mean = None if objective.centering is None else objective.centering.mean

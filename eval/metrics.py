@@ -28,6 +28,8 @@ Array = NDArray[Any]
 
 #: Below so many errors a rate's confidence interval is wider than +-30 % at 90 % (Doddington's rule of 30).
 RULE_OF_30 = 30
+#: Shares of comparisons that `error_versus_discard` rejects.
+DISCARDED = (0.0, 0.05, 0.1, 0.2, 0.3)
 
 
 def _checked(scores: Any, name: str) -> Array:
@@ -900,6 +902,33 @@ def pareto(costs: Any, values: Any) -> Array:
     cheaper, better = costs[:, None] < costs, values[:, None] > values  # [i, j]: i against j
     as_cheap, as_good = costs[:, None] <= costs, values[:, None] >= values
     return ~((cheaper & as_good) | (as_cheap & better)).any(0)
+
+
+def error_versus_discard(
+    genuine: Any, quality: Any, threshold: float, discarded: Sequence[float] = DISCARDED
+) -> dict[float, float]:
+    """FNMR of the genuine comparisons that remain when those of the lowest quality are rejected.
+
+    A quality score is good when the rate falls fast. The threshold stays, as it would in use.
+    Source: Grother, Tabassi: Performance of biometric quality measures, IEEE TPAMI 29(4), 2007; ISO/IEC 29794-1.
+
+    Args:
+        genuine: ``[G]`` scores.
+        quality: ``[G]`` of each comparison: of the worse of its two faces.
+        threshold: scores at or above it are accepted.
+        discarded: shares of the comparisons to reject, below 1. Equal qualities are rejected in the order given.
+
+    Returns:
+        The rate for each share.
+
+    >>> error_versus_discard([0.9, 0.2, 0.8, 0.7], [3.0, 1.0, 2.0, 4.0], 0.5, (0.0, 0.25))
+    {0.0: 0.25, 0.25: 0.0}
+    """
+    genuine, quality = _checked(genuine, "genuine"), _checked(quality, "quality")
+    if genuine.shape != quality.shape:
+        raise ValueError(f"{len(quality)} qualities of {len(genuine)} genuine comparisons")
+    rejected = (genuine < threshold)[np.argsort(quality, kind="stable")]
+    return {share: float(rejected[allowed_errors(share, len(genuine)) :].mean()) for share in discarded}
 
 
 def caution(errors: int, trials: int) -> str | None:

@@ -164,10 +164,11 @@ def _faces_seen(sources: Sequence[Any]) -> str:
 
 
 def _people(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    if name != "all":
-        return f"people {name.replace('-', '–')}"
+    condition = rows[0].get("condition") if rows else None
+    name = name.removesuffix(f" {condition}")
     count = rows[0].get("people") if rows else None
-    return f"all {count} people" if count else "all people"
+    whose = f"people {name.replace('-', '–')}" if name != "all" else f"all {count} people" if count else "all people"
+    return f"{whose}, {condition}" if condition else whose
 
 
 def percent(rate: Any) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jsonargparse import ArgumentError, ArgumentParser
 
 import faceless
@@ -126,8 +127,11 @@ def verify(
     seed: int = 0,
     model: str | None = None,
     cache: bool = False,
+    quality: bool = False,
 ) -> Verification:
     """Compare every face with every other by the cosine of their embeddings.
+
+    Where the benchmark has a gallery of its own, face i of the images is compared with face j > i of that.
 
     Args:
         flip: add the embedding of the mirrored face before normalizing.
@@ -135,6 +139,8 @@ def verify(
         seed: of the bootstrap.
         model: name in the report; the recognizer's source or architecture when None.
         cache: keep embeddings in the cache folder, by SHA-256 of the model and of the crops.
+        quality: take the norm of an embedding for the quality of its face, and report how FNMR@FMR=1e-2 falls as
+            comparisons of low quality are rejected.
 
     Raises:
         InputError: embeddings are NaN, or the benchmark has no genuine or no impostor pair.
@@ -142,18 +148,14 @@ def verify(
     model = model or str(recognizer.source.get("source") or recognizer.name or type(recognizer.backbone).__name__)
     if not benchmark.genuine_pairs or not benchmark.impostor_pairs:
         raise InputError(f"{benchmark.name}: needs two people or more, and two faces of at least one of them")
-
-    def embed() -> np.ndarray:
-        return recognizer.embed(benchmark.images, flip=flip).numpy()
-
-    rows = cached(recognizer, benchmark.digest, len(benchmark), ["unit", flip], embed) if cache else embed()
-    embeddings = rows.astype(np.float64)
-    broken = int((~np.isfinite(embeddings).all(1)).sum())
-    if broken:
-        raise InputError(f"{model}: embeddings of {broken} of {len(benchmark)} faces are NaN or infinite")
+    probes, norms = _embed(recognizer, benchmark, flip, model, cache)
+    gallery, their_norms = probes, norms
+    if benchmark.gallery is not None:
+        bare = replace(benchmark, images=benchmark.gallery, gallery=None)
+        gallery, their_norms = _embed(recognizer, bare, flip, model, cache)
 
     # In double precision and rounded once, so that a score depends neither on the BLAS nor on the number of threads.
-    similarity = (embeddings @ embeddings.T).astype(np.float32)
+    similarity = (probes @ gallery.T).astype(np.float32)
     identities = benchmark.identities.numpy().astype(np.int32)
     first, second = np.triu_indices(len(benchmark), 1)
     scores, couples = similarity[first, second], np.stack([identities[first], identities[second]], 1)
@@ -161,6 +163,13 @@ def verify(
     genuine, impostor = scores[same], scores[~same]
     ranks = metrics.mate_ranks(similarity, identities)
     hits, probes = ranks[ranks > 0] == 1, identities[ranks > 0]
+
+    points = {key: metrics.tar_at_far(genuine, impostor, far) for key, far in FARS.items()}
+    judged: dict[str, Any] = {}
+    if quality:
+        worse = np.minimum(norms[first], their_norms[second])[same]
+        falling = metrics.error_versus_discard(genuine, worse, points["1e-2"].threshold)
+        judged = {"fnmr_by_discarded": {str(share): rate for share, rate in falling.items()}}
 
     intervals: dict[str, Any] = {}
     if bootstrap:
@@ -185,15 +194,33 @@ def verify(
         eer=metrics.eer(genuine, impostor),
         auc=metrics.auc(genuine, impostor),
         rank1=float(hits.mean()),
-        points={key: metrics.tar_at_far(genuine, impostor, far) for key, far in FARS.items()},
+        points=points,
         intervals=intervals,
         record={
             "flip": flip,
             "framing": benchmark.record.get("framing"),
             "alignment": benchmark.record.get("alignment"),
             "bootstrap": {"replicates": bootstrap, "seed": seed, "level": 0.95, "resamples": "people"},
-        },
+        }
+        | ({"condition": benchmark.record["condition"]} if "condition" in benchmark.record else {})
+        | judged,
     )
+
+
+def _embed(
+    recognizer: Recognizer, benchmark: Benchmark, flip: bool, model: str, cache: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit embeddings ``[N, D]`` of the images in float64, and what their norms ``[N]`` were."""
+
+    def embed() -> np.ndarray:
+        return recognizer.embed(benchmark.images, flip=flip, unit=False).numpy()
+
+    raw = cached(recognizer, benchmark.digest, len(benchmark), ["raw", flip], embed) if cache else embed()
+    embeddings = F.normalize(torch.from_numpy(raw)).double().numpy()
+    broken = int((~np.isfinite(embeddings).all(1)).sum())
+    if broken:
+        raise InputError(f"{model}: embeddings of {broken} of {len(benchmark)} faces are NaN or infinite")
+    return embeddings, np.linalg.norm(raw.astype(np.float64), axis=1)
 
 
 def table(results: Sequence[Verification | Report]) -> str:
@@ -224,6 +251,10 @@ def _rows(result: Verification) -> list[tuple[str, str, str]]:
         *((f"FNMR@FMR={key}", "realized FMR", _realized(point)) for key, point in result.points.items()),
         ("rank-1", "closed set", percent(result.rank1, bounds.get("rank1"))),
         ("AUC", "", percent(result.auc, bounds.get("auc"))),
+        *(
+            (f"FNMR, {100 * float(share):g} % rejected", "by quality, at FMR=1e-2", percent(rate))
+            for share, rate in result.record.get("fnmr_by_discarded", {}).items()
+        ),
     ]
 
 
@@ -258,6 +289,12 @@ def parser() -> ArgumentParser:
         "--json", type=str | None, help="write the figures here: an object, or a list for several models"
     )
     options.add_argument("--people", type=str | None, help="FIRST-LAST, for example 21-40")
+    options.add_argument(
+        "--condition", type=str | None, help="masked, occluded, mixed or 28px: faces as bad as that; 28px/clean: probes"
+    )
+    options.add_argument(
+        "--quality", type=bool, default=False, help="the norm of an embedding is the quality of its face: FNMR by it"
+    )
     options.add_argument("--align", type=bool, default=False, help="cut faces out of the folder's photographs")
     options.add_argument(
         "--flip",
@@ -290,14 +327,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         spec = recognizer.spec
         benchmark = benchmarks.find(options.benchmark, spec.framing, crop_size(recognizer), options.align)
         if isinstance(benchmark, Protocol):
-            if options.people:
-                raise InputError(f"--people {options.people}: {options.benchmark} is always judged as a whole")
+            for name in ("people", "condition", "quality"):
+                if given := getattr(options, name):
+                    raise InputError(f"--{name} {given}: {options.benchmark} is always judged as a whole, as it is")
             results.append(benchmarks.evaluate(recognizer, benchmark, options.flip, source, options.cache))
             continue
+        if options.condition:
+            benchmark = benchmarks.under(benchmark, options.condition)
         if options.people:
             benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))
-        flip = bool(options.flip)
-        results.append(verify(recognizer, benchmark, flip, options.bootstrap, options.seed, source, options.cache))
+        results.append(
+            verify(
+                recognizer,
+                benchmark,
+                bool(options.flip),
+                options.bootstrap,
+                options.seed,
+                source,
+                options.cache,
+                options.quality,
+            )
+        )
     print(table(results))
     scores = {result.model: found for result in results if (found := result.arrays())}
     sweeps = {}

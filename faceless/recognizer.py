@@ -144,11 +144,12 @@ class Recognizer(nn.Module):
         embedding, logits = result if isinstance(result, tuple) else (result, None)
         return Output(embedding, logits, found)
 
-    def embed(self, images: Tensor, batch_size: int = 128, flip: bool = False) -> Tensor:
+    def embed(self, images: Tensor, batch_size: int = 128, flip: bool = False, unit: bool = True) -> Tensor:
         """Unit-norm float32 embeddings ``[B, D]`` on the CPU of any number of faces, in eval mode.
 
         Args:
             flip: add the embedding of the mirrored face before normalising (InsightFace's evaluation).
+            unit: normalise; without, norms stay, which some networks make a quality score of.
         """
         device, training = self.scale.device, self.training
         self.eval()
@@ -160,7 +161,7 @@ class Recognizer(nn.Module):
                     row = self(chunk).embedding.float()
                     if flip:
                         row = row + self(chunk.flip(-1)).embedding.float()
-                    rows.append(F.normalize(row).cpu())
+                    rows.append((F.normalize(row) if unit else row).cpu())
         finally:
             if training:
                 self.train()

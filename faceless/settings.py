@@ -10,13 +10,14 @@ between them); and what runs a stranger's code, `COMMAND_LINE_ONLY`, is accepted
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,7 @@ class Settings(Generic[T]):
                 warnings.simplefilter("ignore")
                 made = self._parser.instantiate_classes(self._namespace)
         except (ValueError, TypeError) as error:
-            raise InputError(f"settings: {error}") from error
+            raise InputError(f"settings: {_named_class(str(error))}") from error
         return self._cls(**{field.name: made[field.name] for field in fields(self._cls)})  # type: ignore[arg-type]
 
     def asdict(self) -> dict[str, Any]:
@@ -63,6 +64,25 @@ class Settings(Generic[T]):
         text = self.yaml()
         plain: dict[str, Any] = yaml.safe_load(text) or {}
         return plain
+
+    def changed(self, changes: Mapping[str, Any]) -> Settings[T]:
+        """The same settings but for some dotted keys, parsed and checked as if they had been given so.
+
+        Raises:
+            InputError: an unknown key or a wrong type.
+        """
+        plain = self.asdict()
+        for key, value in changes.items():
+            put(plain, key, value)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                namespace = self._parser.parse_object(plain)
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise InputError(_one_line(str(error), [], self._parser)) from error
+        if asked := set(_insisting(namespace)) - set(_insisting(self._namespace)):
+            raise InputError(f"{min(asked)}: lets code that is not of this project run; only the command line can ask")
+        return Settings(self._parser, namespace, self._cls)
 
     def yaml(self) -> str:
         """All settings as YAML that the command reads again; a list of files in ``config`` is left out."""
@@ -134,6 +154,22 @@ def _insisting(found: Any, key: str = "") -> Iterator[str]:
             yield from _insisting(value, f"{key}.{place}")
 
 
+def put(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, and all that is under it, to ``value``.
+
+    >>> settings = {"a": {"b": {"c": 1}, "d": 2}}
+    >>> put(settings, "a.b", {"e": 3})
+    >>> settings
+    {'a': {'b': {'e': 3}, 'd': 2}}
+    """
+    *above, last = key.split(".")
+    for name in above:
+        settings = settings.setdefault(name, {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{key}: {name} holds no keys")
+    settings[last] = copy.deepcopy(value)
+
+
 def recipe(path: str | Path) -> Path:
     """A recipe file: as given, or inside the installed packages (``distill/recipes/x.yaml`` works from anywhere).
 
@@ -156,8 +192,18 @@ def _located(argument: str, before: str) -> str:
     return argument
 
 
+def _named_class(message: str) -> str:
+    """Of what jsonargparse says of a value that may be text or a component, where a component was given, its part."""
+    if "Subtypes: [<class 'str'>, <class '" not in message or "class_path" not in message:
+        return message
+    about = ("Does not validate against", "Subtypes:", "Errors:", "- Expected a <class 'str'>", "Given value")
+    lines = [line for line in message.splitlines() if not line.strip().startswith(about)]
+    return "\n".join(line.strip().removeprefix("- ") for line in lines)
+
+
 def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str:
     """Turn jsonargparse's nested message into one line: where, what, and the nearest valid key."""
+    message = _named_class(message)
     where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     where += [after for a, after in pairwise(arguments) if a == "--config"]
     path, classes, rest = [], [], ""

@@ -9,7 +9,6 @@ grid that was stopped goes on when it is given again: finished cells are kept, a
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ from distill.settings import Run
 from eval import figures
 from faceless.errors import InputError, command, suggest
 from faceless.files import atomic_path, atomic_write
-from faceless.settings import ROOT, parse, recipe
+from faceless.settings import ROOT, parse, put, recipe
 
 # What makes a method: an option that names a recipe takes these keys of it, and no others.
 METHOD = ("losses", "classifier", "adaptive", "pseudo_identities")
@@ -46,6 +45,7 @@ MEASURES = {
     "cosine": (True, False),
     "neighborhood": (True, False),
 }
+# An EER under a condition of ``verification.conditions`` goes by ``EER, 28px`` and the like.
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
@@ -112,22 +112,6 @@ Cell = tuple[str, ...]  # one option of each axis
 def cells(grid: Grid) -> Iterator[Cell]:
     """All of them, the last axis fastest."""
     return itertools.product(*grid.axes.values())
-
-
-def put(settings: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, and all that is under it, to ``value``.
-
-    >>> settings = {"a": {"b": {"c": 1}, "d": 2}}
-    >>> put(settings, "a.b", {"e": 3})
-    >>> settings
-    {'a': {'b': {'e': 3}, 'd': 2}}
-    """
-    *above, last = key.split(".")
-    for name in above:
-        settings = settings.setdefault(name, {})
-        if not isinstance(settings, dict):
-            raise InputError(f"{key}: {name} holds no keys")
-    settings[last] = copy.deepcopy(value)
 
 
 def read(path: str) -> dict[str, Any]:
@@ -198,16 +182,23 @@ def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[st
     found: dict[str, dict[str, Any]] = {}
     verification = run / "verification.json"
     if verification.exists():
-        subsets = json.loads(verification.read_text())["subsets"]
+        subsets: dict[str, list[dict[str, Any]]] = json.loads(verification.read_text())["subsets"]
         if grid.people not in subsets:
             raise InputError(f"{run}: verified on people {', '.join(subsets)}; set people to one of them")
-        (row,) = (row for row in subsets[grid.people] if row["label"] == label)
+        row = next((row for row in subsets[grid.people] if row["label"] == label), None)
+        if row is None:  # a run without a teacher
+            return {}
         intervals = row.get("intervals") or {}
         found["EER"] = {"value": row["eer"], "interval": intervals.get("eer")}
         for far in ("1e-2", "1e-3"):
             interval = (intervals.get("tar_at_far") or {}).get(far)
             found[f"TAR@FAR={far}"] = {"value": row["tar_at_far"][far], "interval": interval}
         found["rank-1"] = {"value": row["rank1"], "interval": intervals.get("rank1")}
+        for name, rows in subsets.items():
+            if name.startswith(f"{grid.people} "):
+                row = next(row for row in rows if row["label"] == label)
+                interval = (row.get("intervals") or {}).get("eer")
+                found[f"EER, {name.removeprefix(grid.people).strip()}"] = {"value": row["eer"], "interval": interval}
     if label == "student" and (run / "metrics.jsonl").exists():
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         agreement = [entry["validation"] for entry in entries if "validation" in entry]
@@ -242,10 +233,21 @@ def collect(grid: Grid) -> list[dict[str, Any]]:
     for cell in cells(grid):
         runs = [folder(grid, cell, seed) for seed in dict.fromkeys(seeds)]
         found = [measured(grid, run) for run in runs if finished(run)]
-        names = [name for name in MEASURES if found and all(name in one for one in found)]
+        names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
             rows.append({"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names})
     return rows
+
+
+def ordered(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The measures that occur: those of `MEASURES` first, then those under conditions."""
+    present = dict.fromkeys(name for one in found for name in one)
+    return [*(name for name in MEASURES if name in present), *(name for name in present if name.startswith("EER, "))]
+
+
+def kind(name: str) -> tuple[bool, bool]:
+    """Whether more of a measure is better, and whether it is a rate."""
+    return MEASURES[name.partition(",")[0]]
 
 
 def to_confirm(grid: Grid, rows: Sequence[dict[str, Any]]) -> list[Cell]:
@@ -264,7 +266,7 @@ def to_confirm(grid: Grid, rows: Sequence[dict[str, Any]]) -> list[Cell]:
 
 def shown(name: str, summary: dict[str, Any]) -> str:
     """``mean (low to high)``; rates in percent."""
-    factor, digits = (100, 2) if MEASURES[name][1] else (1, 3)
+    factor, digits = (100, 2) if kind(name)[1] else (1, 3)
     numbers = [summary["mean"], *(summary["interval"] or [])]
     mean, *interval = (f"{factor * number:.{digits}f}" for number in numbers)
     return f"{mean} ({interval[0]} to {interval[1]})" if interval else mean
@@ -272,11 +274,11 @@ def shown(name: str, summary: dict[str, Any]) -> str:
 
 def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[str, Any]]) -> str:
     """Markdown, the best cell first."""
-    names = [name for name in MEASURES if any(name in row for row in rows)]
+    names = ordered(rows)
     if grid.measure in names:
         sign = -1 if MEASURES[grid.measure][0] else 1
         rows = sorted(rows, key=lambda row: sign * row[grid.measure]["mean"] if grid.measure in row else math.inf)
-    lines = [[*grid.axes, *(f"{name}, %" if MEASURES[name][1] else name for name in names), "n"]]
+    lines = [[*grid.axes, *(f"{name}, %" if kind(name)[1] else name for name in names), "n"]]
     for row in rows:
         n = max(row[name]["n"] for name in names if name in row)
         lines.append([*row["cell"], *(shown(name, row[name]) if name in row else "" for name in names), str(n)])
@@ -298,8 +300,8 @@ def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[st
 
 def figure(grid: Grid, rows: Sequence[dict[str, Any]], name: str, teacher: dict[str, dict[str, Any]]) -> Figure:
     """One line for each cell: its seeds, their mean and the interval."""
-    factor = 100 if MEASURES[name][1] else 1
-    rows = sorted((row for row in rows if name in row), key=lambda row: row[name]["mean"], reverse=MEASURES[name][0])
+    factor = 100 if kind(name)[1] else 1
+    rows = sorted((row for row in rows if name in row), key=lambda row: row[name]["mean"], reverse=kind(name)[0])
     made = Figure(figsize=(6.4, 1.1 + 0.26 * len(rows)), layout="constrained")
     axis = made.add_subplot()
     for place, row in enumerate(rows):
@@ -313,7 +315,7 @@ def figure(grid: Grid, rows: Sequence[dict[str, Any]], name: str, teacher: dict[
         axis.legend()
     axis.set_yticks(range(len(rows)), [f"{' '.join(row['cell'])} (n={row[name]['n']})" for row in rows])
     axis.invert_yaxis()
-    axis.set_xlabel(f"{name}, %" if MEASURES[name][1] else name)
+    axis.set_xlabel(f"{name}, %" if kind(name)[1] else name)
     return made
 
 
@@ -329,12 +331,12 @@ def report(grid: Grid) -> None:
     record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}
     atomic_write(output / "table.json", json.dumps(record, indent=1) + "\n")
     with matplotlib.rc_context(figures.STYLE):
-        for name in MEASURES:
-            if any(name in row for row in rows):
-                drawn = figure(grid, rows, name, teacher)
-                FigureCanvasSVG(drawn)
-                with atomic_path(output / f"{name.replace('@FAR=', '-')}.svg") as path:
-                    drawn.savefig(path, format="svg", metadata={"Date": None})
+        for name in ordered(rows):
+            drawn = figure(grid, rows, name, teacher)
+            FigureCanvasSVG(drawn)
+            file = name.replace("@FAR=", "-").replace(", ", "-").replace("/", "-")
+            with atomic_path(output / f"{file}.svg") as path:
+                drawn.savefig(path, format="svg", metadata={"Date": None})
     print(f"\n{text}\n{output / 'table.md'}")
 
 

@@ -7,11 +7,23 @@ from pathlib import Path
 
 from eval.benchmarks import att_faces, folder, identification, ijb, pairs, people
 from eval.benchmarks.benchmark import Benchmark, parse_people
+from eval.benchmarks.conditions import under
 from eval.benchmarks.protocol import Protocol, Report, evaluate
 from faceless.align import FRAMINGS
 from faceless.errors import InputError, suggest
 
-__all__ = ["BENCHMARKS", "PROTOCOLS", "Benchmark", "Protocol", "Report", "evaluate", "find", "load", "parse_people"]
+__all__ = [
+    "BENCHMARKS",
+    "PROTOCOLS",
+    "Benchmark",
+    "Protocol",
+    "Report",
+    "evaluate",
+    "find",
+    "load",
+    "parse_people",
+    "under",
+]
 
 BENCHMARKS = {att_faces.NAME: att_faces.load}
 #: Benchmarks with protocols of their own, written ``kind:path``.

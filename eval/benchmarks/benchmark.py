@@ -24,6 +24,7 @@ class Benchmark:
         identities: ``[N]`` int64 positions in ``names``.
         names: one for each person.
         record: source, licence, framing, and how many faces each step of the alignment found.
+        gallery: ``[N, 3, H, W]`` the same faces as probes are compared with, where these are not ``images`` too.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Benchmark:
     identities: Tensor
     names: Sequence[str]
     record: dict[str, Any] = field(default_factory=dict)
+    gallery: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.identities):
@@ -72,6 +74,7 @@ class Benchmark:
             images=self.images[rows],
             identities=position[self.identities[rows]],
             names=[self.names[i] for i in chosen],
+            gallery=None if self.gallery is None else self.gallery[rows],
         )
 
 

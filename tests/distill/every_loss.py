@@ -7,7 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill.losses import adaptive_centers, contrastive, embedding, features, logits, margin, relational, unified
+from distill.losses import (
+    adaptive_centers,
+    attention,
+    contrastive,
+    embedding,
+    features,
+    logits,
+    margin,
+    mutual,
+    probabilistic,
+    relational,
+    unified,
+)
 from distill.losses.base import Loss
 from faceless.recognizer import Output
 
@@ -16,6 +28,7 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "l2-raw": lambda d: embedding.FeatureL2(form="raw"),
     "l2-unit": lambda d: embedding.FeatureL2(form="unit"),
     "l2-unit-mean": lambda d: embedding.FeatureL2(form="unit-mean"),
+    "von-mises-fisher": lambda d: probabilistic.VonMisesFisher(),
     "qud": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12),
     "qud-empty": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12, initial="empty"),
     "qud-simQ": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12, update="simQ"),
@@ -59,6 +72,11 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "hint-adapted": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="wide"), d, d),
     "hints": lambda d: prepared(features.Hints(student_layers=["map", "map"], teacher_layers=["map", "wide"]), d, d),
     "attention": lambda d: features.AttentionTransfer(student_layer="map", teacher_layer="wide"),
+    "attention-similarity": lambda d: attention.AttentionSimilarity(student_layers=["map"], teacher_layers=["map"]),
+    "attention-spatial": lambda d: attention.AttentionSimilarity(
+        student_layers=["map"], teacher_layers=["wide"], maps="spatial"
+    ),
+    "each-peer": lambda d: mutual.EachPeer(loss=contrastive.QUD(embedding_dim=d, queue_size=12)),
 }
 
 
@@ -86,7 +104,7 @@ HEADS = {name for name in EVERY if name.startswith(("arc", "cosf", "cosd", "sphe
 STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels"}
 
 # Losses that accept a student of another dimension.
-ANY_DIM = OF_PAIRS | {"cross-entropy", "attention"}
+ANY_DIM = OF_PAIRS | {"cross-entropy", "attention", "attention-spatial"}
 
 
 def faces(
@@ -101,7 +119,7 @@ def faces(
 
 
 def value(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The loss of two embeddings, which also serve as logits and, spread over places, as feature maps."""
+    """The loss of two embeddings, which also serve as logits, as a peer's and, spread over places, as feature maps."""
     if labels is not None and (loss.needs_logits or isinstance(loss, logits.CrossEntropy)):
         labels = labels.clamp(max=student.shape[1] - 1)
     return loss(output(student), output(teacher), labels)
@@ -114,6 +132,7 @@ def output(embedding: Tensor) -> Output:
         exact = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         for name, channels in (("map", torch.arange(dim)), ("wide", torch.arange(2 * dim) % dim)):
             phase = torch.arange(len(channels))[:, None, None] + torch.arange(3)[:, None] + 2 * torch.arange(2)
+            maps["peers.0"] = exact
             maps[name] = exact[:, channels, None, None] * (1 + phase).to(exact.dtype).sin()
     return Output(embedding, embedding, maps)
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.augment import Augment
+from distill.augment import Augment, Degrade
+from faceless.degrade import low_resolution
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -103,3 +104,34 @@ def test_two_seeds_give_two_views() -> None:
 def test_impossible_strengths_are_named(wrong: dict) -> None:
     with pytest.raises(InputError, match=f"augment.{next(iter(wrong))}"):
         Augment(**wrong)
+
+
+def test_a_student_may_see_worse_faces_than_its_teacher() -> None:
+    soft = faces(64, 32).float()
+    numbers = rng(64)
+    assert torch.equal(Degrade()(soft, "dlib", numbers), soft)
+    low = Degrade(resolutions=[32, 16, 8])(soft, "dlib", numbers)
+    kinds = [(low == low_resolution(soft, side)).flatten(1).all(1) for side in (32, 16, 8)]
+    counts = torch.stack(kinds).sum(1)
+    assert counts.sum() == 64 and counts.min() > 10
+    covered = Degrade(mask=0.5, occlude=0.2)(soft, "dlib", numbers)
+    changed = (covered != soft).flatten(1).any(1).float().mean()
+    assert 0.4 < changed < 0.8
+    cut = torch.tensor([5, 60])
+    degrade = Degrade(resolutions=[16, 8], mask=0.5, occlude=0.5)
+    torch.testing.assert_close(degrade(soft[cut], "dlib", numbers.rows(cut)), degrade(soft, "dlib", numbers)[cut])
+
+
+def test_resolutions_descend_over_the_run() -> None:
+    soft = faces(64, 32).float()
+    degrade = Degrade(resolutions=[8, 32, 16], schedule="descending")
+    for done, admitted in ((0.0, 1), (0.32, 1), (0.34, 2), (0.67, 3), (1.0, 3)):
+        low = degrade(soft, "dlib", rng(64), done)
+        sides = [side for side in (32, 16, 8) if (low == low_resolution(soft, side)).flatten(1).all(1).any()]
+        assert sides == [32, 16, 8][:admitted], done
+
+
+@pytest.mark.parametrize("wrong", [{"mask": 1.5}, {"blur": -1.0}, {"resolutions": [2]}])
+def test_impossible_degradations_are_named(wrong: dict) -> None:
+    with pytest.raises(InputError, match=f"degrade.{next(iter(wrong))}"):
+        Degrade(**wrong)

@@ -180,7 +180,12 @@ def test_evaluation_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(EVERY) - HEADS - {"crd", "kd", "dkd", "nkd", "hint-adapted", "hints", "attention"})
+    "name",
+    sorted(
+        set(EVERY)
+        - HEADS
+        - {"crd", "kd", "dkd", "nkd", "hint-adapted", "hints", "attention", "attention-similarity", "attention-spatial"}
+    ),
 )
 def test_training_on_it_moves_the_student_to_the_teacher(name):
     """A linear student learns from new faces at each step; it must relate unseen ones as the teacher does."""

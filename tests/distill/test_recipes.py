@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
 import faceless
+from distill.cohort import alone
+from distill.ensembles import Ensemble, FusedRecognizer, Fusion
 from distill.losses.logits import ClassScores
 from distill.mixtures import MixtureSource
 from distill.settings import Run
 from distill.sources import CorpusSource
-from distill.train import make_objective
+from distill.train import links, make_objective, make_student
 from faceless.settings import ROOT, parse, recipe
 from synth.generate import read_settings
 
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "distill" / "recipes").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def teachers() -> dict[str, faceless.Recognizer]:
-    made = faceless.create("dlib-resnet29", embedding_dim=128, input_size=150)
-    return {"dlib-resnet29": made, "runs/bn_teacher/student": made}
+# Recipes whose students are teachers of others, and may be large.
+TEACHERS = {"iresnet_teacher", "bn_teacher"}
+
+
+@cache
+def network(source: str) -> faceless.Recognizer:
+    """An untrained network like the one that a recipe loads: dlib's, or the student of another recipe."""
+    if source == "dlib-resnet29":
+        return faceless.create("dlib-resnet29", embedding_dim=128, input_size=150)
+    _, name, kind = source.split("/")
+    assert kind in ("student", "snapshots")
+    run = parse(Run, ["--config", f"distill/recipes/{name}.yaml"]).build()
+    assert kind == "student" or (run.snapshot_every and run.steps >= 2 * run.snapshot_every)
+    return faceless.create(
+        run.student.name,
+        embedding_dim=run.student.embedding_dim or teacher_of(run).embedding_dim,
+        input_size=run.student.input_size,
+        **run.student.options,
+    )
+
+
+def teacher_of(run: Run) -> faceless.Recognizer:
+    if isinstance(run.teacher, Ensemble):
+        return FusedRecognizer(Fusion([network(member) for member in run.teacher.members], run.teacher.fusion), 2)
+    return network(run.teacher if isinstance(run.teacher, str) else run.teacher.stages)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
-def test_recipe_builds(path, teachers: dict[str, faceless.Recognizer]) -> None:
-    run = parse(Run, ["--config", str(path)]).build()
-    student = faceless.create(
-        run.student.name, embedding_dim=128, input_size=run.student.input_size, **run.student.options
-    )
-    count = sum(p.numel() for p in student.parameters())
-    assert count <= {"mobilefacenet": 1_100_000, "iresnet18": 13_000_000}.get(run.student.name, 3_000_000)
+def test_recipe_builds(path) -> None:
+    settings = parse(Run, ["--config", str(path)])
+    assert len(links(settings)) == len(settings.asdict()["chain"] or [0])
+    run, teacher = settings.build(), teacher_of(settings.build())
+    student = make_student(run, teacher)
+    count = sum(p.numel() for p in alone(student).parameters())
+    assert path.stem in TEACHERS or count <= (1_100_000 if run.student.name == "mobilefacenet" else 3_000_000)
     assert run.output == f"runs/{path.stem}"
     sources = run.source.everyone.values() if isinstance(run.source, MixtureSource) else [run.source]
     for source in sources:
@@ -41,7 +65,7 @@ def test_recipe_builds(path, teachers: dict[str, faceless.Recognizer]) -> None:
             assert made.align is not None and made.align.size >= run.augment.size - 16
 
     # The losses fit both networks, and each other's identities.
-    objective = make_objective(run, student, teachers[run.teacher])
+    objective = make_objective(run, student, teacher)
     for _, loss in objective.terms():
         assert loss.classes in (None, run.pseudo_identities)
     assert isinstance(objective.scores, ClassScores) == (run.classifier is not None)

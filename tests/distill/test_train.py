@@ -41,7 +41,7 @@ def teacher(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def recipe(folder: Path, teacher: Path, **changes: Any) -> Path:
+def recipe(folder: Path, teacher: Path, /, **changes: Any) -> Path:
     # Random generator weights come from PyTorch's global state, which is not seeded yet when settings are built: give
     # the generator weights of its own.
     weights = folder / "generator.pt"

@@ -1,0 +1,262 @@
+"""Several recognizers in the place of one teacher, together or one after the other; or none at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import faceless
+from distill.gather import processes
+from faceless import align
+from faceless.errors import InputError
+from faceless.recognizer import InputSpec, Recognizer
+
+CHUNK = 128  # faces per forward pass of a calibration
+
+
+class Teachers(ABC):
+    """What may stand where a recipe names its teacher; loaded when the run starts."""
+
+    @abstractmethod
+    def load(self) -> list[Recognizer]:
+        """The networks that teach one after the other, in eval mode; the last is what the student is compared with."""
+
+
+def load_teachers(teacher: str | Teachers) -> list[Recognizer]:
+    """The networks of a recipe's ``teacher``: one for the whole run, or the stages of several."""
+    return [faceless.load(teacher)] if isinstance(teacher, str) else teacher.load()
+
+
+class Ensemble(Teachers):
+    """Several recognizers, with inputs, framings and embedding dimensions of their own, that teach as one.
+
+    Args:
+        members: anything `faceless.load` takes, two or more. Faces come in the framing of the first.
+        fusion: ``concatenate``, ``mean`` or ``von-mises-fisher``: see `Fusion`.
+        center: subtract each member's mean embedding first. The recipe's own ``center`` is then not needed.
+        by_norm: let the norm of a (centered) embedding say how sure its member is of the face, for von Mises-Fisher.
+        faces: how many faces of the source the members are aligned on, before training starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        members: list[str],
+        fusion: Literal["concatenate", "mean", "von-mises-fisher"] = "von-mises-fisher",
+        center: bool = True,
+        by_norm: bool = True,
+        faces: int = 1024,
+    ):
+        if len(members) < 2:
+            raise InputError("teacher.members: an ensemble has two members or more; name a single teacher by itself")
+        if faces < 2:
+            raise InputError(f"teacher.faces is {faces}; an ensemble is aligned on 2 faces or more")
+        self.members, self.fusion, self.center, self.by_norm, self.faces = members, fusion, center, by_norm, faces
+
+    def load(self) -> list[Recognizer]:
+        fusion = Fusion([faceless.load(source) for source in self.members], self.fusion, self.center, self.by_norm)
+        return [FusedRecognizer(fusion, self.faces)]
+
+
+class Snapshots(Teachers):
+    """One teacher at growing maturity, each stage for an equal part of the run.
+
+    Multi-step distillation (Boutros et al.: PocketNet, IEEE Access 2022, section III-C): epoch e of the student is
+    taught by the teacher as it was after its own epoch e.
+
+    Args:
+        stages: anything `faceless.load` takes, from the least to the most mature, all of one embedding dimension; or
+            one folder of snapshots that a run with ``snapshot_every`` left, which are taken in the order of its steps.
+    """
+
+    def __init__(self, *, stages: list[str] | str):
+        self.stages = stages
+
+    def load(self) -> list[Recognizer]:
+        stages = self.stages
+        if isinstance(stages, str):
+            stages = [str(path) for path in sorted(Path(stages).glob("step-*"))]
+        if len(stages) < 2:
+            raise InputError(f"teacher.stages {self.stages}: found {len(stages)} snapshots; two or more make steps")
+        nets = [faceless.load(stage) for stage in stages]
+        for stage, net in zip(stages, nets):
+            if (net.embedding_dim, net.spec.framing) != (nets[-1].embedding_dim, nets[-1].spec.framing):
+                raise InputError(f"teacher.stages: {stage} and {stages[-1]} differ in embedding dimension or framing")
+        nets[-1].source["stages"] = [{key: net.source[key] for key in ("source", "sha256")} for net in nets]
+        return nets
+
+
+class Silence(nn.Module):
+    """Says nothing of any face: ``[B, D]`` zeros."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.embedding_dim = embedding_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.embedding_dim)
+
+
+class Nobody(Teachers):
+    """No teacher, for students that learn from labels and from each other.
+
+    Args:
+        embedding_dim: D of the student, unless it names one of its own.
+        framing: of the faces, ``dlib`` or ``arcface``.
+    """
+
+    def __init__(self, *, embedding_dim: int = 128, framing: Literal["dlib", "arcface"] = "dlib"):
+        self.embedding_dim, self.framing = embedding_dim, framing
+
+    def load(self) -> list[Recognizer]:
+        return [Recognizer(Silence(self.embedding_dim), InputSpec(framing=self.framing), name="nobody").eval()]
+
+
+class Fusion(nn.Module):
+    """One embedding out of those of several recognizers.
+
+    Each member's embedding is centered and normalized to ``u``, and mapped by ``R``, the orthogonal map that brings its
+    unit embeddings closest to those of the member of the largest D (Procrustes; Schönemann, 1966).
+
+    - ``concatenate``: all ``u`` side by side, divided by the root of their number: the cosine is the mean of theirs.
+    - ``mean``: the mean of ``u R``, whose norm is 1 where the members agree.
+    - ``von-mises-fisher``: each member says ``k u R``, the natural parameter of a von Mises-Fisher distribution, and
+      their mean is that of the fused one: its direction is the target and its norm the concentration, small where
+      members disagree or are not sure. BEA-KD (CVPR 2023) fuses so; its code and its way to ``k`` are not public. Here
+      ``k`` is the member's concentration over mirrored faces (Banerjee et al., JMLR 2005, equation 4.4), in parts of
+      the sum over members, times the norm of this face's embedding over the mean norm (``by_norm``).
+
+    Args:
+        members: the recognizers; each resizes and normalizes for itself, and is shown faces in its own framing.
+        how: as above.
+        center, by_norm: see `Ensemble`.
+
+    Shape:
+        images ``[B, 3, H, W]`` in the framing of the first member; returns ``[B, D]``: the sum of all D when
+        concatenated, else the largest.
+    """
+
+    concentration: Tensor
+
+    def __init__(self, members: Sequence[Recognizer], how: str, center: bool = True, by_norm: bool = True):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.how, self.center, self.by_norm = how, center, by_norm
+        dims = [member.embedding_dim for member in members]
+        self.reference = dims.index(max(dims))
+        self.embedding_dim = sum(dims) if how == "concatenate" else max(dims)
+        self.framing = members[0].spec.framing
+        for i, dim in enumerate(dims):
+            self.register_buffer(f"mean{i}", torch.zeros(dim), persistent=False)
+            self.register_buffer(f"spread{i}", torch.ones(()), persistent=False)
+            self.register_buffer(f"map{i}", torch.eye(dim, max(dims)), persistent=False)
+        self.register_buffer("concentration", torch.full((len(dims),), 1 / len(dims)), persistent=False)
+
+    def ask(self, member: int, images: Tensor) -> Tensor:
+        """Raw embeddings ``[B, D]`` of one member, in float32."""
+        network = cast(Recognizer, self.members[member])
+        if network.spec.framing != self.framing:
+            size = network.spec.height
+            points = align.template(self.framing, "arcface5", images.shape[-1]).expand(len(images), -1, -1)
+            images = align.crop(images.float(), points, network.spec.framing, size, scheme="arcface5", border="border")
+        embedding: Tensor = network(images).embedding
+        return embedding.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        asked = [self.ask(i, images) for i in range(len(self.members))]
+        with torch.autocast(images.device.type, enabled=False):
+            rows = []
+            for i, raw in enumerate(asked):
+                mean, spread, turn = (getattr(self, f"{name}{i}") for name in ("mean", "spread", "map"))
+                unit = F.normalize(raw - mean)
+                if self.how == "von-mises-fisher":
+                    unit = self.concentration[i] * unit
+                    if self.by_norm:
+                        unit = unit * ((raw - mean).norm(dim=1, keepdim=True) / spread)
+                rows.append(unit if self.how == "concatenate" else unit @ turn)
+            if self.how == "concatenate":
+                return torch.cat(rows, 1) / len(rows) ** 0.5
+            total = torch.stack(rows).sum(0)
+            return total if self.how == "von-mises-fisher" else total / len(rows)
+
+    @torch.no_grad()
+    def calibrate(self, faces: Tensor) -> None:
+        """Learn each member's mean, norm, concentration and map from ``faces [N, 3, H, W]``.
+
+        Raises:
+            InputError: there are fewer faces than numbers in an embedding.
+        """
+        dims = [cast(Recognizer, member).embedding_dim for member in self.members]
+        if self.how != "concatenate" and len(faces) < max(dims):
+            raise InputError(f"{len(faces)} faces cannot align embeddings of {max(dims)} numbers: raise teacher.faces")
+        device, units, sure = self.concentration.device, [], []
+        for i, dim in enumerate(dims):
+            chunks = [chunk.to(device) for chunk in faces.split(CHUNK)]
+            straight, mirrored = (
+                torch.cat([self.ask(i, chunk.flip(-1) if flip else chunk) for chunk in chunks]).double()
+                for flip in (False, True)
+            )
+            mean = torch.cat((straight, mirrored)).mean(0) * self.center
+            straight, mirrored = straight - mean, mirrored - mean
+            units.append(F.normalize(straight))
+            # Two draws from a distribution of mean resultant length A have a mean cosine of A^2.
+            squared = (units[-1] * F.normalize(mirrored)).sum(1).mean().clamp(1e-4, 1 - 1e-4)
+            sure.append(squared.sqrt() * (dim - squared) / (1 - squared))
+            getattr(self, f"mean{i}").copy_(mean)
+            getattr(self, f"spread{i}").copy_(straight.norm(dim=1).mean().clamp(min=1e-12))
+        for i, unit in enumerate(units):
+            if i != self.reference:
+                left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
+                getattr(self, f"map{i}").copy_(left @ right)
+        self.concentration.copy_(torch.stack(sure) / torch.stack(sure).sum())
+        if processes() > 1:  # to the bit
+            for buffer in self.buffers(recurse=False):
+                dist.broadcast(buffer, 0)
+
+
+class FusedRecognizer(Recognizer):
+    """A `Fusion` as a recognizer: it takes faces as they come, since its members prepare them for themselves.
+
+    Args:
+        fusion: of the members.
+        faces: how many to calibrate it on.
+    """
+
+    def __init__(self, fusion: Fusion, faces: int):
+        members = [cast(Recognizer, member) for member in fusion.members]
+        side = max(max(member.spec.height, member.spec.width) for member in members)
+        settings = {"fusion": fusion.how, "center": fusion.center, "by_norm": fusion.by_norm, "faces": faces}
+        known = [member.source.get("sha256") or member.name for member in members]
+        digest = hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()
+        named = [{"name": member.name, "embedding_dim": member.embedding_dim} | member.source for member in members]
+        super().__init__(
+            fusion,
+            replace(members[0].spec, height=side, width=side),
+            name="ensemble",
+            source={"sha256": digest, "members": named} | settings,
+        )
+        self.faces = faces
+
+    @property
+    def fusion(self) -> Fusion:
+        return cast(Fusion, self.backbone)
+
+    def calibrate(self, faces: Tensor) -> None:
+        """`Fusion.calibrate`, once; the digest that caches go by then knows the faces too."""
+        self.fusion.calibrate(faces)
+        self.source["sha256"] = hashlib.sha256(
+            self.source["sha256"].encode() + faces.contiguous().numpy().tobytes()
+        ).hexdigest()
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        return images

@@ -1,0 +1,264 @@
+"""Runs of other regimes: teachers that mature, chains of students, students that learn together, worse faces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import faceless
+from distill.ensembles import Nobody, Snapshots
+from distill.settings import Run
+from distill.sources import Batch
+from distill.teachers import FrozenTeacher, StagedTeacher
+from distill.train import links, main
+from faceless.errors import InputError, command
+from faceless.files import sha256
+from faceless.randomness import Rng
+from faceless.settings import parse
+from tests.distill.test_sources import folder
+from tests.distill.test_train import TINY, lines, recipe, student_bytes
+
+LOSSES = "distill.losses"
+COSINE: dict[str, Any] = {"class_path": f"{LOSSES}.embedding.CosineEmbedding"}
+PEER = {"name": "slimresnet", "input_size": 32, "options": TINY}
+QUIET = {"validation": {"faces": 0}, "steps": 6, "checkpoint_every": 2}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", **TINY)
+    return faceless.save(net, tmp_path / "teacher", {})
+
+
+def mutual(peers: int = 2) -> dict[str, Any]:
+    queue = {"class_path": f"{LOSSES}.contrastive.QUD", "init_args": {"embedding_dim": 16, "queue_size": 32}}
+    return {
+        "peers": [PEER] * peers,
+        "losses": {
+            "cosine": {"loss": COSINE},
+            "peers": {
+                "loss": {"class_path": f"{LOSSES}.mutual.EachPeer", "init_args": {"loss": queue, "peers": peers}}
+            },
+            "mutual": {
+                "loss": {"class_path": f"{LOSSES}.mutual.Mutual", "init_args": {"loss": COSINE, "peers": peers}}
+            },
+        },
+    }
+
+
+def snapshots(at: Path, count: int = 3) -> dict[str, Any]:
+    """A teacher of so many stages, as settings."""
+    for step in range(1, count + 1):
+        net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=step, **TINY)
+        faceless.save(net, at / f"step-{step:08d}", {})
+    return {"teacher": {"class_path": "distill.ensembles.Snapshots", "init_args": {"stages": str(at)}}, "center": False}
+
+
+def resumed(run: Path, path: Path, *more: str) -> None:
+    """Forget all but the first checkpoint and the student, and give the command again."""
+    for newer in sorted((run / "checkpoints").glob("*.pt"))[1:]:
+        newer.unlink()
+    shutil.rmtree(run / "student")
+    main(["--config", str(path), *more])
+
+
+def test_a_stage_teaches_as_long_as_an_epoch_of_multi_step_distillation() -> None:
+    """PocketNet's loop: epoch e of E, of n steps each, asks snapshot e."""
+    nets = [faceless.create("slimresnet", embedding_dim=4, input_size=32, seed=i, **TINY) for i in range(3)]
+    staged = StagedTeacher([FrozenTeacher(net) for net in nets])
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 32, 32).byte()
+    batch = Batch(images, Rng.of(0, "view", range(2)))
+    for step in range(12):
+        staged.at(step / 12)
+        assert torch.equal(staged(images, batch).embedding, FrozenTeacher(nets[step // 4]).see(images).embedding)
+    assert torch.equal(staged.see(images).embedding, FrozenTeacher(nets[2]).see(images).embedding)
+
+
+def test_snapshots_are_kept_and_teach(tmp_path: Path, teacher: Path) -> None:
+    first = recipe(tmp_path, teacher, snapshot_every=2, **QUIET)
+    main(["--config", str(first), "--output", str(tmp_path / "mature")])
+    kept = sorted((tmp_path / "mature" / "snapshots").iterdir())
+    assert [path.name for path in kept] == ["step-00000002", "step-00000004", "step-00000006"]
+    last, final = (faceless.load(path) for path in (kept[-1], tmp_path / "mature" / "student"))
+    assert all(torch.equal(a, b) for a, b in zip(last.state_dict().values(), final.state_dict().values()))
+    settings: dict[str, Any] = {
+        "teacher": {"class_path": "distill.ensembles.Snapshots", "init_args": {"stages": str(kept[0].parent)}},
+        "center": False,
+    }
+    path = recipe(tmp_path, teacher, **QUIET | settings)
+    main(["--config", str(path)])
+    run = tmp_path / "run"
+    stages = json.loads((run / "provenance.json").read_text())["teacher"]["stages"]
+    assert [stage["sha256"] for stage in stages] == [sha256(path / "model.safetensors") for path in kept]
+    before = student_bytes(run)
+    resumed(run, path)
+    assert student_bytes(run) == before
+    # The last stage alone teaches otherwise.
+    main(
+        ["--config", str(recipe(tmp_path, kept[-1], **QUIET | {"center": False})), "--output", str(tmp_path / "other")]
+    )
+    alone, staged = ([e["loss"] for e in lines(tmp_path / name) if "loss" in e] for name in ("other", "run"))
+    assert alone[:4] != staged[:4]
+
+
+def test_stages_that_do_not_fit_are_named(tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(InputError, match="found 0 snapshots"):
+        Snapshots(stages=str(tmp_path)).load()
+    other = faceless.create("slimresnet", embedding_dim=8, input_size=32, framing="dlib", **TINY)
+    faceless.save(other, tmp_path / "other", {})
+    with pytest.raises(InputError, match="differ in embedding dimension"):
+        Snapshots(stages=[str(tmp_path / "other"), str(teacher)]).load()
+    settings = snapshots(tmp_path / "stages") | {"center": True}
+    with pytest.raises(InputError, match="means of their own"):
+        parse(Run, ["--config", str(recipe(tmp_path, teacher, **settings))]).build()
+
+
+def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) -> None:
+    chain = [{"student.options": {"widths": [16, 32], "depths": [1, 1]}}, {"steps": 4}, {}]
+    path = recipe(tmp_path, teacher, chain=chain, **QUIET)
+    main(["--config", str(path)])
+    runs = [tmp_path / "run" / "link-1", tmp_path / "run" / "link-2", tmp_path / "run"]
+    taught = [json.loads((run / "provenance.json").read_text())["teacher"]["sha256"] for run in runs]
+    assert taught[0] == sha256(teacher / "model.safetensors")
+    assert taught[1:] == [sha256(run / "student" / "model.safetensors") for run in runs[:2]]
+    assert [lines(run)[-1]["step"] for run in runs] == [6, 4, 6]
+    sizes = [sum(p.numel() for p in faceless.load(run / "student").parameters()) for run in runs]
+    assert sizes[0] > 2 * sizes[1] == 2 * sizes[2]
+    before = [student_bytes(run) for run in runs]
+    # Stopped in its second link, a chain goes on there.
+    link = runs[1]
+    shutil.rmtree(runs[2] / "student")
+    shutil.rmtree(runs[2] / "checkpoints")
+    (runs[2] / "report.html").unlink()
+    (link / "report.html").unlink()
+    touched = (runs[0] / "report.html").stat().st_mtime_ns
+    resumed(link, path)
+    assert [student_bytes(run) for run in runs] == before
+    assert (runs[0] / "report.html").stat().st_mtime_ns == touched
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"studnet.name": "x"}, "stud"), ({"teacher": "x"}, "link 2 sets teacher"), ({"steps": "many"}, "steps")],
+)
+def test_a_wrong_link_is_named_before_the_first_is_trained(
+    tmp_path: Path,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    named: str,
+) -> None:
+    path = recipe(tmp_path, teacher, chain=[{}, changes], **QUIET)
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and named in message, message
+    assert not (tmp_path / "run").exists()
+
+
+def test_links_are_the_recipe_with_their_changes(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, chain=[{"optimizer.lr": 0.5}, {}])
+    first, last = (link.asdict() for link in links(parse(Run, ["--config", str(path)])))
+    plain = parse(Run, ["--config", str(recipe(tmp_path, teacher))]).asdict()
+    assert {key for key in plain if first[key] != plain[key]} == {"optimizer", "output"}
+    assert first["optimizer"] == plain["optimizer"] | {"lr": 0.5}
+    assert {key for key in plain if last[key] != plain[key]} == {"teacher", "seed"}
+    assert (first["seed"], last["seed"]) == (0, 1)
+
+
+def test_peers_train_along_resume_and_stay_out_of_the_student(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher, **QUIET | mutual())
+    main(["--config", str(path)])
+    run = tmp_path / "run"
+    student = faceless.load(run / "student")
+    others = [faceless.load(run / "peers" / number) for number in ("1", "2")]
+    faces = Rng.of(0, "faces", range(4)).integers(256, 3, 32, 32).byte()
+    embedded = [net.embed(faces) for net in (student, *others)]
+    assert all((embedded[i] - embedded[j]).abs().max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert {len(net.state_dict()) for net in others} == {len(student.state_dict())}
+    before = [(run / name / "model.safetensors").read_bytes() for name in ("student", "peers/1", "peers/2")]
+    resumed(run, path)
+    assert [(run / name / "model.safetensors").read_bytes() for name in ("student", "peers/1", "peers/2")] == before
+
+
+def test_a_peer_that_no_loss_reaches_is_named(
+    tmp_path: Path,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = recipe(tmp_path, teacher, **QUIET | mutual(1) | {"peers": [PEER, PEER]})
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path)])
+    assert "no loss reaches peer 2" in capsys.readouterr().err
+    path = recipe(tmp_path, teacher, **QUIET | mutual(2) | {"peers": [PEER]})
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path)])
+    assert "peers.1" in capsys.readouterr().err
+
+
+def test_without_a_teacher_students_learn_from_labels_and_each_other(tmp_path: Path, teacher: Path) -> None:
+    faces = folder(tmp_path / "faces", people=4, images=8)
+    source = {
+        "class_path": "distill.sources.FolderSource",
+        "init_args": {"path": str(faces), "people": "1-2", "size": 32, "aligned": True},
+    }
+    deep = {"class_path": f"{LOSSES}.mutual.DeepMutual", "init_args": {"embedding_dim": 16, "classes": 2}}
+    settings: dict[str, Any] = {
+        "teacher": {"class_path": "distill.ensembles.Nobody", "init_args": {"embedding_dim": 16}},
+        "source": source,
+        "losses": {"deep": {"loss": deep}},
+        "peers": [PEER],
+        "center": False,
+        "verification": {"benchmark": str(faces), "people": ["3-4"], "bootstrap": 0},
+    }
+    path = recipe(tmp_path, teacher, **QUIET | {"steps": 16} | settings)
+    main(["--config", str(path), "--optimizer.lr", "0.01"])
+    losses = [e["loss"] for e in lines(tmp_path / "run") if "loss" in e]
+    assert losses[-1] < 0.8 * losses[0]
+    subsets = json.loads((tmp_path / "run" / "verification.json").read_text())["subsets"]
+    assert [row["label"] for row in subsets["3-4"]] == ["student", "untrained student"]
+    plain = yaml.safe_load(path.read_text()) | {"validation": {"faces": 4}}
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError, match="no teacher: set validation"):
+        parse(Run, ["--config", str(path)]).build()
+    assert (Nobody(embedding_dim=4).load()[0](torch.zeros(2, 3, 8, 8)).embedding == 0).all()
+
+
+def test_only_the_student_sees_worse_faces_and_both_are_verified_on_such(tmp_path: Path, teacher: Path) -> None:
+    faces = folder(tmp_path / "faces", people=4, images=3)
+    verification = {"benchmark": str(faces), "people": ["2-4"], "conditions": ["8px", "masked/clean"], "bootstrap": 0}
+    shared = QUIET | {"verification": verification, "augment": {"size": 32, "flip": 0.0}}
+    path = recipe(tmp_path, teacher, **shared | {"degrade": {"resolutions": [8, 16], "mask": 0.5, "occlude": 0.5}})
+    main(["--config", str(path)])
+    main(["--config", str(recipe(tmp_path, teacher, **shared)), "--output", str(tmp_path / "plain")])
+    worse, plain = (lines(tmp_path / name) for name in ("run", "plain"))
+    assert [e["loss"] for e in worse] != [e["loss"] for e in plain]
+    subsets = json.loads((tmp_path / "run" / "verification.json").read_text())["subsets"]
+    assert list(subsets) == ["all", "2-4", "all 8px", "2-4 8px", "all masked/clean", "2-4 masked/clean"]
+    assert subsets["2-4 8px"][0]["people"] == 3 and subsets["2-4 8px"][0]["condition"] == "8px"
+    assert subsets["2-4 8px"][0]["eer"] != subsets["2-4"][0]["eer"] or subsets["2-4"][0]["eer"] == 0
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert record["degrade"]["resolutions"] == [8, 16]
+    assert "People 2–4, 8px" in (tmp_path / "run" / "report.html").read_text()
+    settings = yaml.safe_load(path.read_text()) | {"verification": {"conditions": ["blurry"]}}
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="blurry"):
+        main(["--config", str(path), "--output", str(tmp_path / "never")])
+
+
+def test_a_chain_cannot_ask_for_a_strangers_code(tmp_path: Path, teacher: Path) -> None:
+    path = recipe(tmp_path, teacher)
+    settings = yaml.safe_load(path.read_text())
+    init = settings["source"]["init_args"]["generator"]
+    init |= {"class_path": "synth.generators.diffusion.Diffusion", "init_args": {"source": "x"}}
+    key = "source.init_args.generator.init_args.trust_remote_code"
+    path.write_text(yaml.safe_dump(settings | {"chain": [{}, {key: True}]}))
+    with pytest.raises(InputError, match="only the command line can ask"):
+        links(parse(Run, ["--config", str(path)]))
