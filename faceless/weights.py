@@ -131,6 +131,8 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
             fit any network we know.
     """
     text = str(source)
+    if runtime and Path(source).suffix != ".onnx":
+        raise InputError(f"{text}: onnxruntime computes .onnx files alone")
     if text.startswith("hf-hub:"):
         recognizer, file = _load_folder(_from_hub(text))
     elif text in PRETRAINED:
@@ -151,8 +153,10 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
         recognizer = Recognizer(
             recognizer.backbone, spec, name=recognizer.name, options=recognizer.options, source=recognizer.source
         )
-    if unused := set(options) - set(recognizer.options):
-        raise InputError(f"{text}: takes no option {sorted(unused)[0]!r}")
+    for key, value in options.items():
+        # A file that describes itself, or one of another kind, takes none.
+        if key not in recognizer.options or recognizer.options[key] != value:
+            raise InputError(f"{text}: takes no option {key!r}")
     # An ONNX file may have more files beside it, and has the SHA-256 of them all.
     recognizer.source = {"sha256": sha256(file)} | recognizer.source | {"source": text}
     return recognizer.eval()

@@ -172,6 +172,23 @@ def test_another_spec_may_be_given(tmp_path):
     assert torch.equal(found(faces(2)).embedding, small()(faces(2).flip(1)).embedding)
 
 
+def test_options_that_weights_do_not_tell(tmp_path):
+    net = shaken(faceless.create("mixfacenet-xs", embedding_dim=8, input_size=64, shuffle=False))
+    torch.save(net.backbone.state_dict(), tmp_path / "x.pth")
+    assert torch.equal(faceless.load(tmp_path / "x.pth", shuffle=False)(faces(2)).embedding, net(faces(2)).embedding)
+    assert not torch.equal(faceless.load(tmp_path / "x.pth")(faces(2)).embedding, net(faces(2)).embedding)
+    torch.save(small().backbone.state_dict(), tmp_path / "y.pth")
+    with pytest.raises(InputError, match="no option 'shuffle'"):
+        faceless.load(tmp_path / "y.pth", shuffle=False)
+    with pytest.raises(InputError, match="takes no option 'shuffle'"):
+        faceless.load(faceless.save(small(), tmp_path / "s"), shuffle=False)
+    saved = faceless.save(faceless.load(tmp_path / "x.pth"), tmp_path / "t")
+    with pytest.raises(InputError, match="takes no option 'shuffle'"):
+        faceless.load(saved, shuffle=False)
+    with pytest.raises(InputError, match="onnx files alone"):
+        faceless.load(saved, runtime=True)
+
+
 def test_code_in_a_file_is_named_and_not_run(tmp_path):
     ran = tmp_path / "ran"
 
