@@ -193,6 +193,100 @@ def test_facenet(tmp_path, monkeypatch):
     assert difference <= 1e-5
 
 
+class TensorFlow(ModuleType):
+    """Keras on PyTorch under the name that the authors import, with an empty class for whatever else is asked."""
+
+    def __init__(self, keras):
+        super().__init__("tensorflow")
+        self.keras, self.initializers = keras, keras.initializers
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def keras_2_hard_sigmoid(x):
+    return (0.2 * x + 0.5).clip(0, 1)
+
+
+def ghostfacenet(monkeypatch, stride):
+    """The authors' Keras model."""
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    module = TensorFlow(keras)
+    for name, value in {
+        "": module,
+        ".keras": keras,
+        **{f".keras.{part}": getattr(keras, part) for part in ("backend", "models", "layers")},
+    }.items():
+        monkeypatch.setitem(sys.modules, f"tensorflow{name}", value)
+    keras.saving.register_keras_serializable(package="keras2")(keras_2_hard_sigmoid)
+    functions = importlib.import_module("keras.src.activations").ALL_OBJECTS_DICT
+    monkeypatch.setitem(functions, "hard_sigmoid", keras_2_hard_sigmoid)
+    stem = official("HamadYA/GhostFaceNets", "backbones/ghost_model.py").GhostNet(
+        input_shape=(112, 112, 3), include_top=False, width=1.3, strides=stride
+    )
+    builder = official("HamadYA/GhostFaceNets", "GhostFaceNets.py")
+    whole = builder.buildin_models(stem, dropout=0, emb_shape=512, output_layer="GDC", bn_momentum=0.9, bn_epsilon=1e-5)
+    return keras, builder.replace_ReLU_with_PReLU(whole)
+
+
+@pytest.mark.parametrize(("stride", "count"), [(1, 4_088_300), (2, 4_066_388)])
+def test_ghostfacenet(monkeypatch, stride, count):
+    keras, theirs = ghostfacenet(monkeypatch, stride)
+    assert theirs.count_params() == count
+    ours = faceless.create("ghostfacenet", stride=stride).eval()
+
+    def layers(kind, *last):
+        # Keras numbers layers of a kind as they are made.
+        named = [x for x in theirs.layers if type(x) is kind and not x.name.startswith(("GDC", "pre_"))]
+        named.sort(key=lambda x: int((re.search(r"_(\d+)$", x.name) or [0, 0])[1]))
+        return named + [theirs.get_layer(name) for name in last]
+
+    def modules(wanted):
+        return [module for module in ours.backbone.modules() if wanted(module)]
+
+    kinds, conv = keras.layers, torch.nn.Conv2d
+    pairs = [
+        *zip(layers(kinds.Conv2D, "GDC_conv"), modules(lambda m: isinstance(m, conv) and m.groups == 1), strict=True),
+        *zip(
+            layers(kinds.DepthwiseConv2D, "GDC_dw"),
+            modules(lambda m: isinstance(m, conv) and m.groups > 1),
+            strict=True,
+        ),
+        *zip(
+            layers(kinds.BatchNormalization, "GDC_batchnorm", "pre_embedding"),
+            modules(lambda m: isinstance(m, torch.nn.modules.batchnorm._BatchNorm)),
+            strict=True,
+        ),
+        *zip(layers(kinds.PReLU), modules(lambda m: isinstance(m, torch.nn.PReLU)), strict=True),
+    ]
+    for number, (layer, module) in enumerate(pairs):
+        drawn = []
+        for index, array in enumerate(layer.get_weights()):
+            rng = Rng.of(number, f"weights {index}", range(1))
+            normal = array.ndim == 4
+            low, high = (0.5, 1.5) if isinstance(layer, kinds.BatchNormalization) else (0.1, 0.4)
+            value = rng.normal(*array.shape)[0] if normal else rng.uniform(*array.shape, low=low, high=high)[0]
+            drawn.append(value / array[..., 0].size ** 0.5 if normal else value)
+        layer.set_weights([value.numpy() for value in drawn])
+        if isinstance(module, conv):
+            axes = (2, 3, 0, 1) if module.groups > 1 else (3, 2, 0, 1)
+            drawn[0] = drawn[0].permute(axes)
+        names = ("weight", "bias", "running_mean", "running_var")
+        for name, value in zip(names, drawn):
+            getattr(module, name).data.copy_(value.reshape(getattr(module, name).shape))
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
+    pixels = ((images.float() - 127.5) * 0.0078125).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        expected = torch.as_tensor(theirs(pixels, training=False)).cpu()
+        found = ours(images).embedding
+    difference = (found - expected).abs().max() / expected.abs().max()
+    print(f"ghostfacenet stride {stride}: {difference:.1e}")
+    assert difference <= 1e-5
+
+
 @pytest.mark.parametrize(
     "nest", [lambda s: s, lambda s: {"state_dict_backbone": {f"module.{k}": v for k, v in s.items()}}]
 )

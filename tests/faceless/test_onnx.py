@@ -90,7 +90,7 @@ def test_every_backbone_goes_through_a_file(tmp_path, name, options):
         with torch.no_grad():
             expected = net(images).embedding
             assert torch.equal(again(images).embedding, expected)
-            assert distance(computed(images).embedding, expected) < 1e-5
+            assert distance(computed(images).embedding, expected) < 2e-5
 
 
 def small(**options):
