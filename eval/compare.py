@@ -131,7 +131,7 @@ def headline(found: Mapping[str, Any]) -> tuple[str, Accuracy]:
 
 
 def spent(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By the axis of a figure, what each model costs."""
+    """By the axis of a figure, what each model costs; without what is unknown of one that onnxruntime computes."""
     values = {
         label: {
             "macs": cost["macs"] / 1e6,
@@ -140,7 +140,8 @@ def spent(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]
         }
         for label, cost in costs.items()
     }
-    return {axis: {label: value[key] for label, value in values.items()} for axis, key in COSTS.items()}
+    found = {axis: {label: value[key] for label, value in values.items()} for axis, key in COSTS.items()}
+    return {axis: cost for axis, cost in found.items() if min(cost.values()) > 0}
 
 
 def students(runs: Sequence[str]) -> list[Model]:

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import faceless
 from eval.verify import chosen_device
+from faceless import onnx_files
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
@@ -189,6 +191,19 @@ def latency(recognizer: Recognizer, batch: int = 1, runs: int = 50, warmup: int 
     return quantiles(times)
 
 
+def onnx_latency(recognizer: Recognizer, batch: int = 1, runs: int = 50, warmup: int = 10) -> dict[str, float]:
+    """`latency` of the recognizer's ONNX export, which onnxruntime computes on the CPU.
+
+    Raises:
+        InputError: the extra ``onnx`` is not installed, or the recognizer cannot be exported.
+    """
+    if not isinstance(recognizer.backbone, onnx_files.OnnxRuntime):
+        with tempfile.TemporaryDirectory() as folder:
+            path = faceless.export_onnx(recognizer, Path(folder) / "model.onnx")
+            recognizer = onnx_files.compute(onnx_files.read(path), path)
+    return latency(recognizer, batch, runs, warmup)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -252,6 +267,7 @@ def measure(
     warmup: int = 10,
     threads: int | None = None,
     memory: bool = False,
+    onnx: bool = False,
 ) -> dict[str, Any]:
     """All costs of a recognizer, ready for JSON.
 
@@ -260,17 +276,16 @@ def measure(
         runs, warmup: of the latency at batch size 1.
         threads: of the CPU; as many as PyTorch uses when None.
         memory: also measure the peak memory, see `peak_megabytes`.
+        onnx: also measure `onnx_latency`.
     """
     spec, device = recognizer.spec, recognizer.scale.device
     face = torch.zeros(1, 3, spec.height, spec.width, dtype=torch.uint8, device=device)
     counted = operations(recognizer, face)
+    how_often = {b: (runs, warmup) if b == 1 else (-(-runs // 5), -(-warmup // 5)) for b in batches}
     with _threads(threads) as count:
-        times = {
-            f"batch{batch}": latency(
-                recognizer, batch, *((runs, warmup) if batch == 1 else (-(-runs // 5), -(-warmup // 5)))
-            )
-            for batch in batches
-        }
+        times = {f"batch{batch}": latency(recognizer, batch, *how_often[batch]) for batch in batches}
+        if onnx:
+            exported = {f"batch{batch}": onnx_latency(recognizer, batch, *how_often[batch]) for batch in batches}
     result: dict[str, Any] = {
         "parameters": parameters(recognizer),
         "trainable": trainable(recognizer),
@@ -285,6 +300,8 @@ def measure(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": count,
     }
+    if onnx:
+        result["onnx_latency_ms"] = exported
     if memory:
         result["peak_megabytes"] = {f"batch{batch}": peak_megabytes(recognizer, batch) for batch in batches}
     return result
@@ -300,10 +317,11 @@ def table(costs: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, [f"{cost['flops_by_convention'][name]:,}" for cost in all_costs]))
     for name in first["megabytes"]:
         rows.append((f"MB in {name}", [f"{cost['megabytes'][name]:.3f}" for cost in all_costs]))
-    for name in first["latency_ms"]:
-        times = [cost["latency_ms"][name] for cost in all_costs]
-        cells = [f"{time['median']:.2f} ({time['p5']:.2f} - {time['p95']:.2f})" for time in times]
-        rows.append((f"ms, {name.replace('batch', 'batch of ')}", cells))
+    for key, what in (("latency_ms", "ms"), ("onnx_latency_ms", "ms by onnxruntime")):
+        for name in first.get(key, ()):
+            times = [cost[key][name] for cost in all_costs]
+            cells = [f"{time['median']:.2f} ({time['p5']:.2f} - {time['p95']:.2f})" for time in times]
+            rows.append((f"{what}, {name.replace('batch', 'batch of ')}", cells))
     for name in first.get("peak_megabytes", ()):
         peaks = [f"{cost['peak_megabytes'][name]:.1f}" for cost in all_costs]
         rows.append((f"peak MB, {name.replace('batch', 'batch of ')}", peaks))
@@ -335,6 +353,9 @@ def parser() -> ArgumentParser:
     options.add_argument("--warmup", type=int, default=10, help="runs before them")
     options.add_argument("--threads", type=int | None, help="of the CPU; as many as PyTorch uses by default")
     options.add_argument("--memory", type=bool, default=False, help="also measure the peak memory")
+    options.add_argument(
+        "--onnx", type=bool, default=False, help="also time the ONNX export, which onnxruntime computes on the CPU"
+    )
     options.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     options.add_argument("--json", type=str | None, help="write the figures here, by model")
     return options
@@ -357,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.warmup,
             options.threads,
             options.memory,
+            options.onnx,
         )
         for source in options.model
     }

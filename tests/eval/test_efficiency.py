@@ -10,6 +10,7 @@ from torch import nn
 
 import faceless
 from eval import efficiency
+from faceless import onnx_files
 from faceless.recognizer import InputSpec, Recognizer
 
 
@@ -145,6 +146,21 @@ def test_measure_reports_everything_and_restores_the_threads():
     assert set(costs["latency_ms"]) == {"batch1", "batch4"}
     assert (costs["threads"], costs["device"], costs["input"]) == (1, "cpu", [64, 64])
     assert "2 FLOPs" in costs["convention"]
+
+
+def test_onnx_is_timed_beside(tmp_path):
+    pytest.importorskip("onnxruntime")
+    student = faceless.create("slimresnet", embedding_dim=16, input_size=32)
+    costs = efficiency.measure(student, batches=(1, 3), runs=5, warmup=1, threads=1, onnx=True)
+    assert set(costs["onnx_latency_ms"]) == {"batch1", "batch3"}
+    for times in costs["onnx_latency_ms"].values():
+        assert 0 < times["p5"] <= times["median"] <= times["p95"]
+    printed = efficiency.table({"student": costs})
+    assert "ms by onnxruntime, batch of 3" in printed
+    path = faceless.export_onnx(student, tmp_path / "x.onnx")
+    computed = onnx_files.compute(onnx_files.read(path), path)
+    assert efficiency.onnx_latency(computed, runs=3, warmup=1)["median"] > 0
+    assert "onnx_latency_ms" not in efficiency.measure(student, batches=(1,), runs=1, warmup=0)
 
 
 def test_peak_memory_holds_at_least_the_weights():
