@@ -30,7 +30,7 @@ from faceless.backbones.dlib_resnet import read_dat
 from faceless.errors import InputError
 from faceless.restricted_pickle import ARRAYS, TENSORS
 
-EXAMPLES = int(os.environ.get("FACELESS_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("FACELESS_FUZZ", "40"))
 many = settings(
     max_examples=EXAMPLES,
     deadline=None,
