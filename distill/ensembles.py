@@ -45,6 +45,7 @@ class Ensemble(Teachers):
         fusion: ``concatenate``, ``mean`` or ``von-mises-fisher``: see `Fusion`.
         center: subtract each member's mean embedding first. The recipe's own ``center`` is then not needed.
         by_norm: let the norm of a (centered) embedding say how sure its member is of the face, for von Mises-Fisher.
+        weights: how concentrated each member is on the average, for von Mises-Fisher; None takes all for alike.
         faces: how many faces of the source the members are aligned on, before training starts.
     """
 
@@ -55,16 +56,21 @@ class Ensemble(Teachers):
         fusion: Literal["concatenate", "mean", "von-mises-fisher"] = "von-mises-fisher",
         center: bool = True,
         by_norm: bool = True,
+        weights: list[float] | None = None,
         faces: int = 1024,
     ):
         if len(members) < 2:
             raise InputError("teacher.members: an ensemble has two members or more; name a single teacher by itself")
+        if weights is not None and (len(weights) != len(members) or min(weights) <= 0):
+            raise InputError(f"teacher.weights are {weights}; give each of {len(members)} members a positive one")
         if faces < 2:
             raise InputError(f"teacher.faces is {faces}; an ensemble is aligned on 2 faces or more")
         self.members, self.fusion, self.center, self.by_norm, self.faces = members, fusion, center, by_norm, faces
+        self.weights = weights
 
     def load(self) -> list[Recognizer]:
-        fusion = Fusion([faceless.load(source) for source in self.members], self.fusion, self.center, self.by_norm)
+        nets = [faceless.load(source) for source in self.members]
+        fusion = Fusion(nets, self.fusion, self.center, self.by_norm, self.weights)
         return [FusedRecognizer(fusion, self.faces)]
 
 
@@ -133,13 +139,13 @@ class Fusion(nn.Module):
     - ``von-mises-fisher``: each member says ``k u R``, the natural parameter of a von Mises-Fisher distribution, and
       their mean is that of the fused one: its direction is the target and its norm the concentration, small where
       members disagree or are not sure. BEA-KD (CVPR 2023) fuses so; its code and its way to ``k`` are not public. Here
-      ``k`` is the member's concentration over mirrored faces (Banerjee et al., JMLR 2005, equation 4.4), in parts of
-      the sum over members, times the norm of this face's embedding over the mean norm (``by_norm``).
+      ``k`` is the member's weight, in parts of their sum, times the norm of this face's embedding over the mean norm
+      (``by_norm``).
 
     Args:
         members: the recognizers; each resizes and normalizes for itself, and is shown faces in its own framing.
         how: as above.
-        center, by_norm: see `Ensemble`.
+        center, by_norm, weights: see `Ensemble`.
 
     Shape:
         images ``[B, 3, H, W]`` in the framing of the first member; returns ``[B, D]``: the sum of all D when
@@ -148,7 +154,14 @@ class Fusion(nn.Module):
 
     concentration: Tensor
 
-    def __init__(self, members: Sequence[Recognizer], how: str, center: bool = True, by_norm: bool = True):
+    def __init__(
+        self,
+        members: Sequence[Recognizer],
+        how: str,
+        center: bool = True,
+        by_norm: bool = True,
+        weights: Sequence[float] | None = None,
+    ):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.how, self.center, self.by_norm = how, center, by_norm
@@ -160,7 +173,8 @@ class Fusion(nn.Module):
             self.register_buffer(f"mean{i}", torch.zeros(dim), persistent=False)
             self.register_buffer(f"spread{i}", torch.ones(()), persistent=False)
             self.register_buffer(f"map{i}", torch.eye(dim, max(dims)), persistent=False)
-        self.register_buffer("concentration", torch.full((len(dims),), 1 / len(dims)), persistent=False)
+        shares = torch.tensor([1.0] * len(dims) if weights is None else list(weights))
+        self.register_buffer("concentration", shares / shares.sum(), persistent=False)
 
     def ask(self, member: int, images: Tensor) -> Tensor:
         """Raw embeddings ``[B, D]`` of one member, in float32."""
@@ -191,7 +205,7 @@ class Fusion(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, faces: Tensor) -> None:
-        """Learn each member's mean, norm, concentration and map from ``faces [N, 3, H, W]``.
+        """Learn each member's mean, norm and map from ``faces [N, 3, H, W]``.
 
         Raises:
             InputError: there are fewer faces than numbers in an embedding.
@@ -199,26 +213,17 @@ class Fusion(nn.Module):
         dims = [cast(Recognizer, member).embedding_dim for member in self.members]
         if self.how != "concatenate" and len(faces) < max(dims):
             raise InputError(f"{len(faces)} faces cannot align embeddings of {max(dims)} numbers: raise teacher.faces")
-        device, units, sure = self.concentration.device, [], []
-        for i, dim in enumerate(dims):
-            chunks = [chunk.to(device) for chunk in faces.split(CHUNK)]
-            straight, mirrored = (
-                torch.cat([self.ask(i, chunk.flip(-1) if flip else chunk) for chunk in chunks]).double()
-                for flip in (False, True)
-            )
-            mean = torch.cat((straight, mirrored)).mean(0) * self.center
-            straight, mirrored = straight - mean, mirrored - mean
-            units.append(F.normalize(straight))
-            # Two draws from a distribution of mean resultant length A have a mean cosine of A^2.
-            squared = (units[-1] * F.normalize(mirrored)).sum(1).mean().clamp(1e-4, 1 - 1e-4)
-            sure.append(squared.sqrt() * (dim - squared) / (1 - squared))
+        device, units = self.concentration.device, []
+        for i in range(len(dims)):
+            raw = torch.cat([self.ask(i, chunk.to(device)) for chunk in faces.split(CHUNK)]).double()
+            mean = raw.mean(0) * self.center
+            units.append(F.normalize(raw - mean))
             getattr(self, f"mean{i}").copy_(mean)
-            getattr(self, f"spread{i}").copy_(straight.norm(dim=1).mean().clamp(min=1e-12))
+            getattr(self, f"spread{i}").copy_((raw - mean).norm(dim=1).mean().clamp(min=1e-12))
         for i, unit in enumerate(units):
             if i != self.reference:
                 left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
                 getattr(self, f"map{i}").copy_(left @ right)
-        self.concentration.copy_(torch.stack(sure) / torch.stack(sure).sum())
         if processes() > 1:  # to the bit
             for buffer in self.buffers(recurse=False):
                 dist.broadcast(buffer, 0)
@@ -236,6 +241,7 @@ class FusedRecognizer(Recognizer):
         members = [cast(Recognizer, member) for member in fusion.members]
         side = max(max(member.spec.height, member.spec.width) for member in members)
         settings = {"fusion": fusion.how, "center": fusion.center, "by_norm": fusion.by_norm, "faces": faces}
+        settings["weights"] = fusion.concentration.tolist()
         known = [member.source.get("sha256") or member.name for member in members]
         digest = hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()
         named = [{"name": member.name, "embedding_dim": member.embedding_dim} | member.source for member in members]
