@@ -91,11 +91,8 @@ class Augment:
         """Mirror, rotate, scale, shift and resize in one interpolation; pixels from outside repeat the border."""
         height, width = faces.shape[-2:]
         size = self.size or height
-        draws = rng.uniform(5)
-        mirror = torch.where(draws[:, 0] < self.flip, -1.0, 1.0)
-        angle = (draws[:, 1] * 2 - 1) * math.radians(self.rotate)
-        zoom = torch.exp((draws[:, 2] * 2 - 1) * self.scale)
-        offset = (draws[:, 3:5] * 2 - 1) * self.shift * size
+        mirror, angle, zoom, offset = self._pose(rng)
+        offset = offset * size
         if size < height:
             # Low-pass before the warp samples sparsely.
             faces = F.interpolate(faces, (size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -106,6 +103,24 @@ class Augment:
         move = torch.full((1, 2), (size - 1) / 2) + offset - linear @ center
         matrix = torch.cat((linear, move.unsqueeze(-1)), -1).to(faces.device)
         return warp_affine(faces, matrix, (size, size), padding_mode="border", align_corners=True)
+
+    def points(self, points: Tensor, rng: Rng) -> Tensor:
+        """Where ``points [B, P, 2]`` of square faces come to lie when the faces are augmented with the same ``rng``.
+
+        Both are x and y in sides of the image, from its upper left corner.
+        """
+        mirror, angle, zoom, offset = (value[:, None].to(points) for value in self._pose(rng.child("geometry")))
+        x, y = (points - 0.5).unbind(-1)
+        cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
+        return torch.stack((mirror * cos * x - sin * y, mirror * sin * x + cos * y), -1) + 0.5 + offset
+
+    def _pose(self, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mirror (1 or -1), angle and zoom ``[B]``, and shift ``[B, 2]`` in sides of the image."""
+        draws = rng.uniform(5)
+        mirror = torch.where(draws[:, 0] < self.flip, -1.0, 1.0)
+        angle = (draws[:, 1] * 2 - 1) * math.radians(self.rotate)
+        zoom = torch.exp((draws[:, 2] * 2 - 1) * self.scale)
+        return mirror, angle, zoom, (draws[:, 3:5] * 2 - 1) * self.shift
 
     def color(self, faces: Tensor, rng: Rng) -> Tensor:
         """Contrast about each face's mean, brightness, and gray, as one 3x3 matrix and offset per face."""

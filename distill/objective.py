@@ -18,11 +18,12 @@ from faceless.errors import InputError, suggest
 from faceless.recognizer import Output, Recognizer
 
 SCALE = 1024.0  # of gradients whose norms are taken
+LOGS = 7.0  # learned weights stay within about a thousandth and a thousand times the fixed ones
 
 
 @dataclass
 class Adaptive:
-    """Weights that follow the sizes of the terms' gradients (AFL-KD).
+    """Weights that follow the sizes of the terms' gradients (AFL-KD), or of the terms themselves.
 
     Each weight is proportional to the fixed one divided by the norm of its term's gradient on the student's parameters
     that all terms reach, so that the fixed weights become shares of the gradient; together they stay what the fixed
@@ -32,13 +33,17 @@ class Adaptive:
     Args:
         rule: ``matched``: as above, which is what the authors' text says. ``literal``: as their algorithm 1 has it,
             which gives the cross-entropy the factor 1 / norm of the softened logits' gradient, and vice versa.
+            ``magnitude``: by the running mean of the term itself instead of its gradient's norm, which costs nothing.
+            ``learned``: each weight is exp(-a) times the fixed one, and a, which learns along, costs a times that
+            (uncertainty weights: Kendall, Gal, Cipolla, CVPR 2018, with s = a); its optimum is the fixed weight divided
+            by the term. Nothing is bounded to a share then, and the total may be negative.
         every: steps between two refreshes.
         momentum: of the running mean of the norms, 0 for the latest only.
         lowest, highest: bounds of a weight, as a share of all weights together, before these are scaled to their sum.
             A term whose gradient vanishes would otherwise take all of it.
     """
 
-    rule: Literal["matched", "literal"] = "matched"
+    rule: Literal["matched", "literal", "magnitude", "learned"] = "matched"
     every: int = 10
     momentum: float = 0.9
     lowest: float = 0.05
@@ -86,16 +91,28 @@ class GradientBalance(nn.Module):
             a, b = kinds.index(CrossEntropy), kinds.index(LogitKD)
             order[a], order[b] = b, a
         self.order = order
+        self.logs = nn.Parameter(torch.zeros(len(losses))) if settings.rule == "learned" else None
 
     def now(self) -> Tensor:
         """``[terms]``: the weights; the fixed ones before the first refresh."""
+        if self.logs is not None:
+            return self.shares * (-self.logs.detach().clamp(-LOGS, LOGS)).exp()
         total = self.shares.sum()
         wanted = self.shares / (self.norms / self.weight.clamp(min=1e-12)).clamp(min=1e-6)[self.order]
         bounded = (wanted / wanted.sum()).clamp(self.settings.lowest, self.settings.highest)
         return torch.where(self.weight > 0, total * bounded / bounded.sum(), self.shares)
 
+    def total(self, terms: Tensor) -> Tensor:
+        """The weighted sum of ``terms [terms]``, with what learned weights cost."""
+        if self.logs is None:
+            return (self.now() * terms).sum()
+        logs = self.logs.clamp(-LOGS, LOGS)
+        return (self.shares * ((-logs).exp() * terms + logs)).sum()
+
     def due(self) -> bool:
         """Whether this step refreshes; counts the steps."""
+        if self.logs is not None:
+            return False
         self.step += 1
         return (self.step - 1) % self.settings.every == 0
 
@@ -106,6 +123,9 @@ class GradientBalance(nn.Module):
         the weights as they were.
         """
         terms = list(terms)
+        if self.settings.rule == "magnitude":
+            self._follow(self._sizes(torch.stack(terms).detach().abs()))
+            return
         found: list[tuple[Tensor | None, ...]] = []
         for term in terms:
             # Scaled up, as float16 activations lose small gradients; a term without a graph reaches nothing.
@@ -118,11 +138,19 @@ class GradientBalance(nn.Module):
         shared = [i for i in range(len(parameters)) if all(grads[i] is not None for grads in found)]
         if not shared:
             raise InputError("adaptive weights: the losses share no parameter of the student; use fixed weights")
-        norms = torch.stack([self._norm([cast(Tensor, grads[i]) for i in shared]) for grads in found]) / SCALE
+        self._follow(torch.stack([self._norm([cast(Tensor, grads[i]) for i in shared]) for grads in found]) / SCALE)
+
+    def _follow(self, norms: Tensor) -> None:
         good = norms.isfinite().all()
         keep = torch.where(good, self.settings.momentum, 1.0)
         self.norms.lerp_(torch.where(good, norms, 0).to(self.norms), 1 - keep)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
+
+    @staticmethod
+    def _sizes(terms: Tensor) -> Tensor:
+        if processes() > 1:
+            dist.all_reduce(terms)
+        return terms / processes()
 
     @staticmethod
     def _norm(grads: list[Tensor]) -> Tensor:
@@ -170,6 +198,9 @@ class Objective(nn.Module):
         adaptive: let the weights follow the gradients; None keeps them.
         classifier: give both outputs logits over the training identities; None takes what the networks give.
 
+    Attributes:
+        prompts: those of a teacher that learns (`distill.prompts`), which train along; None for a frozen teacher.
+
     Raises:
         InputError: the dimensions differ and may not be projected, a weight is missing, or weights cannot adapt.
 
@@ -210,6 +241,7 @@ class Objective(nn.Module):
         self.scores: ClassScores | None = None
         if classifier is not None:
             self.scores = ClassScores(teacher_dim, scale=classifier.scale, learned=classifier.student == "learned")
+        self.prompts: nn.Module | None = None
         self._watched: list[nn.Parameter] = []
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -330,5 +362,5 @@ class Objective(nn.Module):
         else:
             if self.training and self._watched and self.balance.due():
                 self.balance.refresh(terms.values(), self._watched)
-            total = (self.balance.now() * torch.stack(list(terms.values()))).sum()
+            total = self.balance.total(torch.stack(list(terms.values())))
         return total, {name: term.detach() for name, term in terms.items()}

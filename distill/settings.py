@@ -9,6 +9,7 @@ from distill.augment import Augment, Degrade
 from distill.ensembles import Nobody, Snapshots, Teachers
 from distill.losses.base import Loss
 from distill.objective import Adaptive, Classifier
+from distill.prompts import Prompts
 from distill.sources import Source
 from faceless.errors import InputError
 
@@ -148,6 +149,7 @@ class Run:
         teacher_cache: folder to keep the teacher's embeddings of all views of a fixed set of faces in, so that it runs
             once per view instead of once per step; None asks it at every step. Views need the source's ``views``.
             Feature maps that losses want are kept beside them.
+        prompts: learnable tokens in a Transformer teacher, for losses that let it learn; null leaves it as it is.
         pseudo_identities: label the faces of a corpus by that many clusters of their cached teacher embeddings, for
             losses that need labels.
         classifier: give student and teacher scores over the identities, for losses that need logits.
@@ -183,6 +185,7 @@ class Run:
     teacher_sees: Literal["view", "face"] = "view"
     degrade: Degrade | None = None
     teacher_cache: str | None = None
+    prompts: Prompts | None = None
     pseudo_identities: int | None = None
     classifier: Classifier | None = None
     adaptive: Adaptive | None = None
@@ -226,5 +229,9 @@ class Run:
             raise InputError(
                 "there is no teacher: set validation.faces to 0, and leave out pseudo_identities and teacher_cache"
             )
+        if self.prompts is not None and not isinstance(self.teacher, str):
+            raise InputError("prompts are for one Transformer: name one network as teacher")
+        if self.prompts is not None and self.teacher_cache is not None:
+            raise InputError("prompts change the teacher at every step: remove teacher_cache")
         if not self.losses:
             raise InputError("losses is empty; name at least one loss, for example losses.cosine")

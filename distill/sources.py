@@ -59,6 +59,8 @@ class Batch:
         rows: ``[B]`` int64 row numbers, and ``view`` the number of the augmented view, where faces recur; a teacher's
             answer to the same row and view is the same.
         latents: ``[B, *latent]`` that the faces were made from, where a generator is at hand.
+        landmarks: ``[B, 5, 2]`` x and y of eyes, nose tip and mouth corners, in sides of the image from its upper left
+            corner, where they are known; not finite for a face without.
     """
 
     images: Tensor
@@ -67,6 +69,7 @@ class Batch:
     rows: Tensor | None = None
     view: int | None = None
     latents: Tensor | None = None
+    landmarks: Tensor | None = None
 
 
 @dataclass
@@ -188,14 +191,20 @@ class Rows(Source):
         views: how many augmented views of each face there are; epoch e shows view e modulo ``views``. None draws a new
             view in every epoch. A teacher cache needs a number.
         in_memory: keep the decoded faces in memory.
+        together: show so many faces of one identity one after the other (fewer where it has fewer), so that a batch
+            has genuine pairs, which losses of pairs want; still every face once in an epoch. Needs labels if above 1.
     """
 
-    def __init__(self, *, views: int | None = None, in_memory: bool = False):
+    def __init__(self, *, views: int | None = None, in_memory: bool = False, together: int = 1):
         if views is not None and views < 1:
             raise InputError(f"views is {views}; use 1 or more, or null for a new view in every epoch")
+        if together < 1:
+            raise InputError(f"together is {together}; use 1 for faces in any order, or more")
         self.views = views
         self.in_memory = in_memory
+        self.together = together
         self.labels: Tensor | None = None
+        self.landmarks: Tensor | None = None
         self._orders: dict[int, Tensor] = {}
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._memory: Tensor | None = None
@@ -261,8 +270,27 @@ class Rows(Source):
         if epoch not in self._orders:
             # The two latest: around the end of an epoch, both are asked for several times.
             latest = list(self._orders.items())[-1:]
-            self._orders = dict([*latest, (epoch, permutation(self.place.seed, "order", self.size, epoch))])
+            self._orders = dict([*latest, (epoch, self._shuffled(epoch))])
         return self._orders[epoch]
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """``[size]``: the rows in the order of an epoch."""
+        order = permutation(self.place.seed, "order", self.size, epoch)
+        if self.together == 1:
+            return order
+        if self.labels is None:
+            raise InputError(f"{self.name()}: together is {self.together}, and the faces have no labels")
+        # Each identity's faces, in random order, are cut into groups, and the groups are shuffled.
+        labels = self.labels[: self.size]
+        sorted_labels, by_label = labels[order].sort(stable=True)
+        order = order[by_label]
+        starts = torch.cat((torch.ones(1, dtype=torch.bool), sorted_labels[1:] != sorted_labels[:-1])).nonzero()[:, 0]
+        counts = torch.diff(starts, append=torch.tensor([self.size]))
+        within = torch.arange(self.size) - starts.repeat_interleave(counts)
+        alone = (sorted_labels < 0) | (within % self.together == 0)
+        group = alone.cumsum(0) - 1
+        places = permutation(self.place.seed, "groups", int(group[-1]) + 1, epoch)
+        return order[places[group].argsort(stable=True)]
 
     def _next(self, rows: Tensor) -> Tensor:
         return pinned(self.faces(rows), self.place.device)
@@ -283,7 +311,8 @@ class Rows(Source):
         epoch = step * self.place.batch_size // self.size
         view = epoch if self.views is None else epoch % self.views
         labels = None if self.labels is None else self.labels[rows]
-        return Batch(images, self.augmentation(rows, view), labels, rows, view)
+        landmarks = None if self.landmarks is None else self.landmarks[rows]
+        return Batch(images, self.augmentation(rows, view), labels, rows, view, landmarks=landmarks)
 
     def held_out(self) -> Tensor:
         return self.faces(torch.arange(self.size, self.total()))
@@ -307,7 +336,9 @@ class CorpusSource(Rows):
         faces: use only the first so many; None uses all.
         labels: a ``.npy`` file with an identity for each row (-1 for none), such as pseudo-identities; None takes the
             corpus's own ``identity`` column, if it has one.
-        views, in_memory: see `Rows`.
+        landmarks: a ``.npy`` file with the landmarks of each row, from ``mining/landmarks.py``, for losses that ask
+            where in a face a place is.
+        views, in_memory, together: see `Rows`.
     """
 
     def __init__(
@@ -317,11 +348,14 @@ class CorpusSource(Rows):
         recipe: str | None = None,
         faces: int | None = None,
         labels: str | None = None,
+        landmarks: str | None = None,
         views: int | None = None,
         in_memory: bool = False,
+        together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory)
+        super().__init__(views=views, in_memory=in_memory, together=together)
         self.path, self.recipe, self.limit, self.label_file = path, recipe, faces, labels
+        self.landmark_file = landmarks
 
     def name(self) -> str:
         return str(self.path)
@@ -361,6 +395,8 @@ class CorpusSource(Rows):
             self.labels = labels[: self.total()]
         elif "identity" in self.corpus.columns:
             self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)[: self.total()]
+        if self.landmark_file is not None:
+            self.landmarks = read_landmarks(Path(self.landmark_file), len(self.corpus))
         super().prepare(place)
 
     def total(self) -> int:
@@ -396,6 +432,20 @@ def read_labels(path: Path) -> Tensor:
     return torch.from_numpy(found.astype(np.int64))
 
 
+def read_landmarks(path: Path, faces: int) -> Tensor:
+    """``[faces, 5, 2]`` float32 from a ``.npy`` file."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file of landmarks ({error})") from error
+    if found.shape != (faces, 5, 2) or found.dtype != np.float32:
+        raise InputError(
+            f"{path}: holds {found.dtype} {found.shape}, not float32 landmarks (5, 2) of each of {faces} faces; write "
+            "them with mining/landmarks.py"
+        )
+    return torch.from_numpy(found)
+
+
 class FolderSource(Rows):
     """Real faces: a folder with one sub-folder per identity. A run that uses it says so loudly.
 
@@ -405,7 +455,7 @@ class FolderSource(Rows):
         framing, size: how and to what side faces are aligned (see `faceless.align`).
         aligned: whether the images are crops of that framing already, which are then read when they are needed.
             Photographs are cut at the start of a run, and their crops stay in memory.
-        views, in_memory: see `Rows`.
+        views, in_memory, together: see `Rows`.
     """
 
     labelled = True
@@ -421,8 +471,9 @@ class FolderSource(Rows):
         aligned: bool = False,
         views: int | None = None,
         in_memory: bool = False,
+        together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory)
+        super().__init__(views=views, in_memory=in_memory, together=together)
         if framing not in align.FRAMINGS:
             raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
         if not 16 <= size <= MAX_SIDE:
@@ -503,7 +554,7 @@ class ParquetSource(Rows):
         size: side to which faces are resized; they must be aligned crops already.
         framing: how they are cut, ``dlib`` or ``arcface`` (see `faceless.align`); None if that is not known.
         real: whether they are of real people. A run that trains on real faces says so loudly.
-        views, in_memory: see `Rows`.
+        views, in_memory, together: see `Rows`.
     """
 
     def __init__(
@@ -517,8 +568,9 @@ class ParquetSource(Rows):
         real: bool = True,
         views: int | None = None,
         in_memory: bool = False,
+        together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory)
+        super().__init__(views=views, in_memory=in_memory, together=together)
         if framing not in (None, *align.FRAMINGS):
             raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}, or null")
         if not 16 <= size <= MAX_SIDE:

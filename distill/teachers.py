@@ -47,6 +47,10 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def see(self, images: Tensor) -> Output:
         """What the teacher says about ``images [B, 3, H, W]``, in float32."""
+        return self.look(images)
+
+    def look(self, images: Tensor) -> Output:
+        """The same with gradient for those parameters that want it; see `distill.prompts`."""
         device = images.device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             out = self.recognizer(images, features=self.features)

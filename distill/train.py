@@ -32,6 +32,7 @@ from distill.identities import stored
 from distill.mixtures import MixtureSource
 from distill.muon import Muon
 from distill.objective import Objective
+from distill.prompts import PromptedTeacher
 from distill.settings import Optimizer, Run, Student
 from distill.sources import Place, Rows
 from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher, StagedTeacher
@@ -93,9 +94,11 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     # Whatever is wrong with the settings shows here, before any face is made.
     teacher_nets = load_teachers(run.teacher)
     teacher_net = teacher_nets[-1]
+    prompts = None if run.prompts is None else run.prompts.into(teacher_net)
     student = make_student(run, teacher_net)
     untrained = copy.deepcopy(alone(student))
     objective = make_objective(run, student, teacher_net)
+    objective.prompts = prompts  # which learn, are averaged over processes and are saved with it
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
     if notice := run.source.check_framing(teacher_net.spec.framing):
@@ -193,6 +196,11 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 images = run.degrade(images, framing, batch.rng.child("student"), done)
             with accelerator.autocast():
                 out = trained(images, features=bare_objective.student_features)
+            if batch.landmarks is not None:
+                moved = run.augment.points(batch.landmarks, batch.rng)
+                out.features["landmarks"] = moved.to(device, non_blocking=True)
+                kept = moved if run.teacher_sees == "view" else batch.landmarks
+                seen.features["landmarks"] = kept.to(device, non_blocking=True)
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
             loss, terms = objective(out, seen, labels)
             accelerator.backward(loss)
@@ -242,6 +250,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     if not more:
         accelerator.end_training()  # the processes part here
     if main_process:
+        bare_objective.prompts = None  # they stay with the teacher, wherever the objective goes
         finish(run, output, record, teacher, final, untrained, bare_objective, benchmark)
     if more:
         accelerator.wait_for_everyone()
@@ -368,6 +377,8 @@ def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, acceler
 def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
     """One network as a teacher; with a cache, filled here by all processes together."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if run.prompts is not None:
+        return PromptedTeacher(net, dtype, objective.teacher_features)
     if run.teacher_cache is None:
         return FrozenTeacher(net, dtype, objective.teacher_features)
     sources = run.source.sources if isinstance(run.source, MixtureSource) else {"": run.source}

@@ -65,13 +65,18 @@ class QUD(Loss):
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         s, t = (F.normalize(x) for x in same_dim(student, teacher))
         cosines = self.negatives.products(s)
+        divisor = self.divisor(t)
         if self.same_person is not None:
             cosines = cosines.masked_fill(self.negatives.products(t) > self.same_person, -torch.inf)
         if self.training:
             self._remember(t)  # after the negatives were read: a face is never its own negative
-        logits = torch.cat(((s * t).sum(1, keepdim=True), cosines), 1) / self.temperature
+        logits = torch.cat(((s * t).sum(1, keepdim=True), cosines), 1) / divisor
         first = torch.zeros(len(s), dtype=torch.int64, device=s.device)
         return mean(F.cross_entropy(logits, first, reduction="none"))
+
+    def divisor(self, t: Tensor) -> Tensor | float:
+        """Temperature for a batch of the teacher's unit embeddings."""
+        return self.temperature
 
     def _remember(self, t: Tensor) -> None:
         if self.update == "fifo":

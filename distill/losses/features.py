@@ -15,8 +15,11 @@ from faceless.randomness import Rng
 from faceless.recognizer import Output
 
 
-class _FeatureLoss(Loss):
+class FeatureLoss(Loss):
+    """A loss between one feature of each network; with `teacher_learns`, the gradient reaches the teacher's too."""
+
     needs_features = True
+    teacher_learns = False
 
     def __init__(self, student_layer: str, teacher_layer: str):
         super().__init__()
@@ -34,19 +37,24 @@ class _FeatureLoss(Loss):
                 raise ValueError(f"the {who} gives no feature {name!r}")
             found.append(as_map(output.features[name].to(output.embedding.dtype)))
         Fs, Ft = found
+        if self.teacher_learns:
+            return Fs, Ft
         return Fs, Ft.clone() if Ft.is_inference() else Ft.detach()
 
 
 def as_map(x: Tensor) -> Tensor:
     """``[B, C, H, W]`` from a map, from tokens ``[B, N, C]`` or from vectors ``[B, C]``.
 
-    Tokens fill a square; one token too many is a class token in front, and dropped.
+    Tokens fill a square; one token too many is a class token in front, and dropped. A map that is square in its first
+    two axes only has its channels last, as in Swin.
 
     >>> as_map(torch.zeros(2, 50, 64)).shape, as_map(torch.zeros(2, 64)).shape
     (torch.Size([2, 64, 7, 7]), torch.Size([2, 64, 1, 1]))
+    >>> as_map(torch.zeros(2, 7, 7, 96)).shape
+    torch.Size([2, 96, 7, 7])
     """
     if x.ndim == 4:
-        return x
+        return x.permute(0, 3, 1, 2) if x.shape[1] == x.shape[2] != x.shape[3] else x
     if x.ndim == 2:
         return x[:, :, None, None]
     if x.ndim == 3:
@@ -62,7 +70,7 @@ def smaller(Fs: Tensor, Ft: Tensor) -> tuple[int, int]:
     return min(Fs.shape[2], Ft.shape[2]), min(Fs.shape[3], Ft.shape[3])
 
 
-class Hint(_FeatureLoss):
+class Hint(FeatureLoss):
     """Match a feature map of the teacher: mean squared error over batch, channels and places.
 
     The larger map is shrunk (bilinear, low-pass filtered); a student of other channels passes a learned linear map of
@@ -161,7 +169,7 @@ class Hints(Loss):
         return torch.stack(terms).mean()
 
 
-class AttentionTransfer(_FeatureLoss):
+class AttentionTransfer(FeatureLoss):
     """Look where the teacher looks: mean squared difference of unit-norm attention maps.
 
     The attention of a place is the mean over channels of |feature|^power; the larger feature map is average-pooled

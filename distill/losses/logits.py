@@ -16,7 +16,8 @@ from distill.losses.margin import check_labels
 from faceless.recognizer import Output
 
 
-def _scores(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
+def both_scores(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, C]`` of both, which must be over the same classes."""
     assert student.logits is not None and teacher.logits is not None
     if student.logits.shape != teacher.logits.shape or student.logits.ndim != 2 or student.logits.shape[1] < 2:
         raise ValueError(
@@ -26,7 +27,7 @@ def _scores(student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
     return student.logits, teacher.logits
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -107,8 +108,8 @@ class LogitKD(Loss):
         self.temperature = positive(temperature=temperature)
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
-        z_s, z_t = ((z / self.temperature).log_softmax(1) for z in _scores(student, teacher))
-        return self.temperature**2 * mean(_divergence(z_t, z_s))
+        z_s, z_t = ((z / self.temperature).log_softmax(1) for z in both_scores(student, teacher))
+        return self.temperature**2 * mean(divergence(z_t, z_s))
 
 
 class DKD(Loss):
@@ -146,9 +147,9 @@ class DKD(Loss):
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         assert labels is not None
         (binary_s, rest_s), (binary_t, rest_t) = (
-            _decouple(z / self.temperature, labels) for z in _scores(student, teacher)
+            _decouple(z / self.temperature, labels) for z in both_scores(student, teacher)
         )
-        terms = self.alpha * _divergence(binary_t, binary_s) + self.beta * _divergence(rest_t, rest_s)
+        terms = self.alpha * divergence(binary_t, binary_s) + self.beta * divergence(rest_t, rest_s)
         return self.temperature**2 * labeled_mean(terms, labels)
 
 
@@ -184,7 +185,7 @@ class NKD(Loss):
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        z_s, z_t = _scores(student, teacher)
+        z_s, z_t = both_scores(student, teacher)
         (hard_s, _), (hard_t, _) = _decouple(z_s, labels), _decouple(z_t, labels)
         (_, rest_s), (_, rest_t) = (_decouple(z / self.temperature, labels) for z in (z_s, z_t))
         target = hard_t[:, 0].exp() * hard_s[:, 0]

@@ -44,8 +44,13 @@ class ILED(Loss):
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         S, T = same_dim(student, teacher)
         cosines = (F.normalize(S) * F.normalize(T)).sum(1)
-        terms = F.softplus(self.scale * (self.target - cosines) + self.bias) / self.scale
+        scale, target = self.shape(cosines)
+        terms = F.softplus(scale * (target - cosines) + self.bias) / scale
         return mean((1 - cosines) * terms if self.weighted else terms)
+
+    def shape(self, cosines: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Scale and target for a batch."""
+        return self.scale, self.target
 
 
 class RPSD(Loss):
@@ -96,7 +101,12 @@ class RPSD(Loss):
         if self.training:
             self.students.push(s)
             self.teachers.push(t)
-        return mean(F.softplus(self.scale * (difference - self.tolerance) + self.bias)) / self.scale
+        scale, tolerance = self.shape(difference)
+        return mean(F.softplus(scale * (difference - tolerance) + self.bias)) / scale
+
+    def shape(self, difference: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Scale and tolerance for a batch."""
+        return self.scale, self.tolerance
 
 
 class UnifiedKD(Loss):

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from distill.losses import (
     adaptive_centers,
+    adaptive_parameters,
     attention,
     contrastive,
+    cross_architecture,
     embedding,
     features,
     logits,
     margin,
     mutual,
     probabilistic,
+    ranking,
     relational,
     unified,
 )
@@ -44,6 +47,13 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "similarity-preserving": lambda d: relational.SimilarityPreserving(),
     "darkrank": lambda d: relational.DarkRank(),
     "pkt": lambda d: relational.PKT(),
+    "ekd": lambda d: ranking.EKD(one_in=[3, 10], temperature=0.2, genuine=2.0, impostor=1.0),
+    "ekd-teacher-pairs": lambda d: ranking.EKD(
+        one_in=[2, 4, 8], temperature=0.2, genuine=2.0, impostor=1.0, same_person=0.6
+    ),
+    "ranking": lambda d: ranking.PairwiseRanking(),
+    "ranking-subset": lambda d: ranking.PairwiseRanking(form="exponent", margin="deviation", scores=20),
+    "ranknet": lambda d: ranking.PairwiseRanking(form="ranknet", slope=4.0),
     "crd": lambda d: contrastive.CRD(embedding_dim=d, feature_dim=8, size=12),
     "iled": lambda d: unified.ILED(),
     "iled-unweighted": lambda d: unified.ILED(weighted=False),
@@ -68,9 +78,18 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "dkd": lambda d: logits.DKD(),
     "nkd": lambda d: logits.NKD(temperature=2.0),
     "cross-entropy": lambda d: logits.CrossEntropy(),
+    "kd-standardized": lambda d: adaptive_parameters.AdaptiveTemperatureKD(),
+    "kd-adversarial": lambda d: adaptive_parameters.AdaptiveTemperatureKD(rule="adversarial", ramp=3),
+    "qud-spread": lambda d: adaptive_parameters.AdaptiveQUD(embedding_dim=d, queue_size=12),
+    "qud-learned": lambda d: adaptive_parameters.AdaptiveQUD(embedding_dim=d, queue_size=12, rule="learned", start=0.1),
+    "iled-adaptive": lambda d: adaptive_parameters.AdaptiveILED(),
+    "rpsd-adaptive": lambda d: adaptive_parameters.AdaptiveRPSD(embedding_dim=d, size=12),
     "hint": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="map"), d, d),
     "hint-adapted": lambda d: prepared(features.Hint(student_layer="map", teacher_layer="wide"), d, d),
     "hints": lambda d: prepared(features.Hints(student_layers=["map", "map"], teacher_layers=["map", "wide"]), d, d),
+    "urfm": lambda d: prepared(
+        cross_architecture.URFM(student_layer="map", teacher_layer="wide", centers=4, dim=8, heads=2), d, d
+    ),
     "attention": lambda d: features.AttentionTransfer(student_layer="map", teacher_layer="wide"),
     "attention-similarity": lambda d: attention.AttentionSimilarity(student_layers=["map"], teacher_layers=["map"]),
     "attention-spatial": lambda d: attention.AttentionSimilarity(
@@ -95,6 +114,11 @@ OF_PAIRS = {
     "similarity-preserving",
     "darkrank",
     "pkt",
+    "ekd",
+    "ekd-teacher-pairs",
+    "ranking",
+    "ranking-subset",
+    "ranknet",
 }
 
 # Classification by labels: the teacher's embedding is at most a center.

@@ -135,3 +135,21 @@ def test_resolutions_descend_over_the_run() -> None:
 def test_impossible_degradations_are_named(wrong: dict) -> None:
     with pytest.raises(InputError, match=f"degrade.{next(iter(wrong))}"):
         Degrade(**wrong)
+
+
+def test_points_move_with_the_pixels_around_them() -> None:
+    """Bright spots on black faces, found again by their center of mass, at the size of the faces and at another."""
+    marks = 0.3 + 0.4 * Rng.of(5, "marks", range(24)).uniform(1, 2)
+    x, y = (torch.arange(64) + 0.5) / 64, (torch.arange(64)[:, None] + 0.5) / 64
+    far = (x - marks[:, :, 0, None]).square() + (y - marks[:, :, 1, None]).square()
+    faces = 255 * torch.exp(-far / 0.002)[:, None].expand(-1, 3, -1, -1)
+    for size in (64, 48):
+        augment = Augment(size=size, rotate=20.0, scale=0.2, shift=0.1)
+        rng = Rng.of(0, "view", range(24))
+        seen = augment.geometry(faces, rng.child("geometry"))[:, 0]
+        place = (torch.arange(size) + 0.5) / size
+        weight = seen / seen.sum((1, 2), keepdim=True)
+        found = torch.stack(((weight.sum(1) * place).sum(1), (weight.sum(2) * place).sum(1)), 1)
+        moved = augment.points(marks, rng)[:, 0]
+        assert (moved - marks[:, 0]).abs().amax() > 0.2
+        torch.testing.assert_close(found, moved, atol=0.01, rtol=0)

@@ -185,6 +185,7 @@ def test_evaluation_changes_nothing(name):
         set(EVERY)
         - HEADS
         - {"crd", "kd", "dkd", "nkd", "hint-adapted", "hints", "attention", "attention-similarity", "attention-spatial"}
+        - {"kd-standardized", "kd-adversarial", "urfm"}
     ),
 )
 def test_training_on_it_moves_the_student_to_the_teacher(name):

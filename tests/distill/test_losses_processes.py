@@ -41,11 +41,11 @@ def run(name: str, split: list[int] | None, rank: int = 0):
     return torch.stack(rows), loss.state_dict()
 
 
-def adapted(split: list[int] | None, rank: int = 0) -> dict[str, float]:
+def adapted(split: list[int] | None, rank: int = 0, rule: str = "matched") -> dict[str, float]:
     """Weights that followed the gradients of a term of single faces, one of labels and one of pairs."""
     losses = {name: EVERY[name](6).double() for name in ("cosine", "cosface", "rkd-distance")}
     weights = dict.fromkeys(losses, 1.0)
-    objective = Objective(losses, weights, student_dim=6, teacher_dim=6, adaptive=Adaptive(every=2)).double()
+    objective = Objective(losses, weights, student_dim=6, teacher_dim=6, adaptive=Adaptive(rule, every=2)).double()
     weight = torch.nn.Parameter(torch.eye(6, dtype=torch.float64))
     objective.watch([weight])
     for step in range(STEPS):
@@ -73,7 +73,8 @@ def work(rank: int, port: int, folder: str) -> None:
     center.update(T[:5] if rank == 0 else T[5:])
     labels = gather(torch.arange(rank + 1))
 
-    state = (found, uneven, empty, memory.valid(), center.mean, labels, adapted([4, 4], rank))
+    rules = [adapted([4, 4], rank, rule) for rule in ("matched", "magnitude")]
+    state = (found, uneven, empty, memory.valid(), center.mean, labels, rules)
     torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -123,7 +124,8 @@ def test_centering_and_gather_see_all_processes(ranks):
 
 
 def test_weights_follow_the_gradient_of_all_processes_together(ranks):
-    expected = adapted(None)
-    assert max(expected.values()) > 1.1 * min(expected.values())
-    for rank in ranks:
-        assert rank[6] == pytest.approx(expected, rel=1e-6)
+    for number, rule in enumerate(("matched", "magnitude")):
+        expected = adapted(None, rule=rule)
+        assert max(expected.values()) > 1.1 * min(expected.values())
+        for rank in ranks:
+            assert rank[6][number] == pytest.approx(expected, rel=1e-6)

@@ -176,6 +176,45 @@ def test_weights_are_bounded_refreshed_on_their_cadence_and_survive_a_checkpoint
         assert again.weights_now() == objective.weights_now()
 
 
+def test_magnitude_weights_divide_by_the_running_mean_of_each_term() -> None:
+    objective, weight, teacher, labels = balanced("magnitude", lowest=0.0, highest=1.0, every=1, momentum=0.5)
+    sizes: dict[str, list[float]] = {"kd": [], "l2": [], "ce": []}
+    for step in range(3):
+        loss, terms = objective(Output((1 + step) * faces() @ weight), teacher, labels)
+        for name, value in terms.items():
+            sizes[name].append(float(value))
+        means = {
+            name: np.average(values, weights=[0.5**k for k in range(step, -1, -1)]) for name, values in sizes.items()
+        }
+        wanted = {"kd": 0.5 / means["kd"], "l2": 0.25 / means["l2"], "ce": 0.25 / means["ce"]}
+        weights = objective.weights_now()
+        for name, found in weights.items():
+            assert found == pytest.approx(wanted[name] / sum(wanted.values()), rel=1e-6)
+        assert loss.item() == pytest.approx(sum(weights[name] * float(terms[name]) for name in weights), rel=1e-9)
+
+
+def test_learned_weights_settle_at_the_fixed_ones_divided_by_their_terms() -> None:
+    objective, weight, teacher, labels = balanced("learned")
+    assert objective.weights_now() == {"kd": 0.5, "l2": 0.25, "ce": 0.25}
+    student = Output((faces() @ weight).detach())
+    logs = objective.balance.logs
+    optimizer = torch.optim.Adam([logs], 0.1)
+    for step in range(200):
+        optimizer.zero_grad()
+        loss, terms = objective(student, teacher, labels)
+        if step == 0:  # a = 0: the weighted sum as it was
+            assert loss.item() == pytest.approx(
+                sum(w * float(terms[n]) for n, w in objective.weights.items()), rel=1e-9
+            )
+        loss.backward()
+        optimizer.step()
+    for name, found in objective.weights_now().items():
+        assert found == pytest.approx(objective.weights[name] / float(terms[name]), rel=1e-3)
+    again, _, _, _ = balanced("learned")
+    again.load_state_dict(objective.state_dict())
+    assert again.weights_now() == objective.weights_now()
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     objective, weight, teacher, labels = balanced(every=1)
     objective(Output(faces() @ weight), teacher, labels)

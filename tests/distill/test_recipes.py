@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
 
@@ -22,7 +23,7 @@ RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "distill" / "recipes
 
 
 # Recipes whose students are teachers of others, and may be large.
-TEACHERS = {"iresnet_teacher", "bn_teacher"}
+TEACHERS = {"iresnet_teacher", "bn_teacher", "refo_teacher", "vit_teacher"}
 
 
 @cache
@@ -34,12 +35,7 @@ def network(source: str) -> faceless.Recognizer:
     assert kind in ("student", "snapshots")
     run = parse(Run, ["--config", f"distill/recipes/{name}.yaml"]).build()
     assert kind == "student" or (run.snapshot_every and run.steps >= 2 * run.snapshot_every)
-    return faceless.create(
-        run.student.name,
-        embedding_dim=run.student.embedding_dim or teacher_of(run).embedding_dim,
-        input_size=run.student.input_size,
-        **run.student.options,
-    )
+    return alone(make_student(run, teacher_of(run)))
 
 
 def teacher_of(run: Run) -> faceless.Recognizer:
@@ -65,11 +61,15 @@ def test_recipe_builds(path) -> None:
             assert made.align is not None and made.align.size >= run.augment.size - 16
 
     # The losses fit both networks, and each other's identities.
+    if run.prompts is not None:
+        teacher = copy.deepcopy(teacher)
+        run.prompts.into(teacher)
     objective = make_objective(run, student, teacher)
+    labels = getattr(run.source, "label_file", None)
     for _, loss in objective.terms():
-        assert loss.classes in (None, run.pseudo_identities)
+        assert loss.classes in (None, run.pseudo_identities) or labels
     assert isinstance(objective.scores, ClassScores) == (run.classifier is not None)
-    assert not objective.needs_labels or run.pseudo_identities
+    assert not objective.needs_labels or run.pseudo_identities or labels
     assert not objective.needs_centers or run.teacher_cache
 
 

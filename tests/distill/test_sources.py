@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import nullcontext
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +380,33 @@ def test_people_of_a_folder_and_labels_of_a_file(tmp_path: Path) -> None:
         np.save(tmp_path / "labels.npy", wrong)
         with pytest.raises(InputError, match="one whole number"):
             read_labels(tmp_path / "labels.npy")
+
+
+def test_faces_of_one_identity_come_together_and_each_once_an_epoch(tmp_path: Path) -> None:
+    path = folder(tmp_path, people=5, images=7)
+    source = FolderSource(path=str(path), size=32, aligned=True, together=3)
+    source.prepare(Place(seed=3, batch_size=8, held_out=3))
+    source.label(torch.where(torch.arange(35) == 4, -1, source.labels))
+    epochs = [torch.cat([source.position(step)[0] for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
+    for rows in epochs:
+        assert sorted(rows.tolist()) == list(range(32))
+        labels = source.labels[rows].tolist()
+        # 7 faces are groups of 3, 3 and 1; a face without an identity stands alone.
+        changes = sum(a != b for a, b in pairwise(labels))
+        assert changes <= 5 * 3 + 1
+        lengths = [len(list(group)) for label, group in groupby(labels) if label >= 0]
+        assert max(lengths) >= 3 and sum(length >= 3 for length in lengths) >= 5
+    assert epochs[0].tolist() != epochs[1].tolist()
+    halves = []
+    for rank in range(2):
+        half = FolderSource(path=str(path), size=32, aligned=True, together=3)
+        half.prepare(Place(seed=3, batch_size=8, rank=rank, processes=2, held_out=3))
+        half.label(source.labels)
+        halves.append(half.position(1)[0])
+    assert torch.cat(halves).tolist() == source.position(1)[0].tolist()
+    source.labels = None
+    source._orders = {}
+    with pytest.raises(InputError, match="together is 3, and the faces have no labels"):
+        source.position(0)
+    with pytest.raises(InputError, match="together is 0"):
+        FolderSource(path=str(path), together=0)

@@ -1,0 +1,190 @@
+"""Prompts: learnable tokens that let a frozen Transformer adapt to being a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.sources import Batch
+from distill.teachers import FrozenTeacher
+from faceless.backbones.timm_backbone import TimmBackbone
+from faceless.errors import InputError
+from faceless.randomness import Rng
+from faceless.recognizer import Output, Recognizer
+
+SPREAD = 0.02  # of initial prompts: they are little attended to at first
+
+
+@dataclass
+class Prompts:
+    """Learnable tokens in every attention layer of a frozen ViT or Swin teacher (APT).
+
+    They join the keys and values of each layer, and are not handed on to the next, which has its own; in a Swin, every
+    window has the layer's prompts. Weights of the teacher stay. The prompts follow those losses of the teacher's
+    features that let it learn (`distill.losses.cross_architecture.URFM` with ``teacher_learns``), and are held back by
+    `distill.losses.cross_architecture.PromptGuard`, without which student and teacher could agree on nothing. The
+    student's other losses see the teacher with its prompts. They travel in the checkpoints of the run.
+
+    Zhao et al.: Cross-Architecture Distillation for Face Recognition, ACM MM 2023 (arXiv 2306.14662); no official code.
+    Known: prompts in the layers of a frozen Transformer, dropped where Swin merges patches, more than 50 hurt. Chosen:
+    fresh ones in each layer (deep prompts of VPT, Jia et al., ECCV 2022), and none among the pooled tokens.
+
+    Args:
+        tokens: in each layer; 5 to 50.
+        seed: of their initial values.
+    """
+
+    tokens: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= 200:
+            raise InputError(f"prompts.tokens is {self.tokens}; use 5 to 50, at most 200")
+
+    def into(self, teacher: Recognizer) -> nn.ParameterList:
+        """Put prompts into a teacher, whose other weights are frozen; returns them, layer by layer.
+
+        Raises:
+            InputError: the teacher is no ViT or Swin of timm.
+        """
+        backbone = teacher.backbone
+        teacher.requires_grad_(False)
+        if isinstance(backbone, TimmBackbone):
+            teacher.backbone = PromptedBackbone(backbone, self)
+        if not isinstance(teacher.backbone, PromptedBackbone) or not teacher.backbone.layers:
+            kind = getattr(backbone, "model", backbone)
+            raise InputError(f"prompts need a ViT or Swin of timm as teacher, not {type(kind).__name__}")
+        return nn.ParameterList(layer.prompts for layer in teacher.backbone.layers)
+
+
+class PromptedBackbone(nn.Module):
+    """A Transformer of timm with prompts, whose features have the names that they had without.
+
+    Besides, its sub-modules ``prompted`` and ``unprompted`` give the embeddings with and without prompts as features;
+    the latter costs a second pass, when it is asked for.
+
+    Args:
+        backbone: the network; its attention layers are replaced in place.
+        settings: how many prompts.
+
+    Shape:
+        as the network.
+    """
+
+    def __init__(self, backbone: TimmBackbone, settings: Prompts):
+        super().__init__()
+        from timm.models.swin_transformer import WindowAttention
+        from timm.models.vision_transformer import Attention
+
+        self.embedding_dim = backbone.embedding_dim
+        self.model = backbone.model
+        self.prompted, self.unprompted = nn.Identity(), nn.Identity()
+        kinds: dict[type, type[PromptedAttention]] = {
+            Attention: PromptedAttention,
+            WindowAttention: PromptedWindowAttention,
+        }
+        self.layers: list[PromptedAttention] = []
+        module: Any
+        for name, module in list(self.model.named_modules()):
+            if type(module) in kinds:
+                numbers = Rng.of(settings.seed, f"prompts {name}", range(settings.tokens))
+                layer = kinds[type(module)](module, SPREAD * numbers.normal(module.qkv.in_features))
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer)
+                self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.unprompted._forward_hooks:
+            with torch.no_grad():
+                self._switch(False)
+                try:
+                    self.unprompted(self.model(x))
+                finally:
+                    self._switch(True)
+        # Last, so that features are those with prompts.
+        embedding: Tensor = self.prompted(self.model(x))
+        return embedding
+
+    def _switch(self, on: bool) -> None:
+        for layer in self.layers:
+            layer.active = on
+
+
+class PromptedAttention(nn.Module):
+    """Self-attention of timm's ViT with further keys and values.
+
+    Args:
+        attention: the layer of the network.
+        prompts: ``[n, C]``, their initial values.
+
+    Shape:
+        tokens ``[B, N, C]``, as the layer.
+    """
+
+    attention: Any
+
+    def __init__(self, attention: nn.Module, prompts: Tensor):
+        super().__init__()
+        self.attention = attention
+        self.prompts = nn.Parameter(prompts)
+        self.active = True
+
+    def forward(self, x: Tensor, *arguments: Tensor | None, **named: Tensor | None) -> Tensor:
+        if not self.active:
+            found: Tensor = self.attention(x, *arguments, **named)
+            return found
+        tokens = torch.cat((x, self.prompts.to(x.dtype).expand(len(x), -1, -1)), 1)
+        out: Tensor = self.attention(tokens, *arguments, **named)
+        return out[:, : x.shape[1]]
+
+
+class PromptedWindowAttention(PromptedAttention):
+    """The same for the windows of timm's Swin, whose position bias is 0 for prompts.
+
+    Shape:
+        tokens ``[windows x B, N, C]`` and mask ``[windows, N, N]``, as the layer.
+    """
+
+    def forward(self, x: Tensor, *arguments: Tensor | None, **named: Tensor | None) -> Tensor:
+        if not self.active:
+            return super().forward(x, *arguments, **named)
+        (mask,) = (*arguments, *named.values()) or (None,)
+        layer, tokens = self.attention, x.shape[1]
+
+        def split(y: Tensor) -> tuple[Tensor, ...]:
+            heads: Tensor = layer.qkv(y).unflatten(-1, (3, layer.num_heads, -1))
+            return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+        q, k, v = split(x)
+        _, more_k, more_v = split(self.prompts.to(x.dtype).unsqueeze(0))
+        k, v = (torch.cat((own, more.expand(len(x), -1, -1, -1)), 2) for own, more in ((k, more_k), (v, more_v)))
+        bias = layer._get_rel_pos_bias()
+        if mask is not None:
+            shifted = bias + mask.unsqueeze(1)
+            bias = shifted.repeat(len(x) // len(mask), 1, 1, 1)
+        bias = F.pad(bias, (0, len(self.prompts)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=layer.scale)
+        projected: Tensor = layer.proj(out.transpose(1, 2).reshape(len(x), tokens, -1))
+        return projected
+
+
+class PromptedTeacher(FrozenTeacher):
+    """A frozen teacher whose prompts learn: its features carry gradient in training steps.
+
+    Args:
+        recognizer: one that `Prompts.into` was applied to.
+        autocast, features: as in `FrozenTeacher`.
+    """
+
+    def __init__(self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()):
+        super().__init__(recognizer, autocast, features)
+        assert isinstance(recognizer.backbone, PromptedBackbone)
+        for layer in recognizer.backbone.layers:
+            layer.prompts.requires_grad_(True)
+
+    def forward(self, images: Tensor, batch: Batch) -> Output:
+        return self.look(images)  # where `see`, which all others use, is without gradient
