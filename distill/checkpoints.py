@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, atomic_write
+from faceless.files import atomic_path, atomic_write, drop_unfinished
 
 
 class Checkpoints:
@@ -32,6 +32,7 @@ class Checkpoints:
         """Write the checkpoint of a step, then forget the oldest; a crash in between loses neither."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
+        drop_unfinished(path)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(state | {"step": step}, file)

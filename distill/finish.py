@@ -29,7 +29,8 @@ from faceless.files import atomic_path, atomic_write
 from faceless.recognizer import Output, Recognizer
 
 SHOWN = 2048  # training faces looked at for the report
-TOLD = ("kind", "faces", "generator", "licence", "parts", "people")  # of the record, in the student's config
+# Of the record, in the student's config.
+TOLD = ("kind", "faces", "generator", "licence", "parts", "people", "identities_from")
 
 
 def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:

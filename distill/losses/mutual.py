@@ -62,7 +62,7 @@ class EachPeer(_Copies):
 
     >>> from distill.losses.embedding import CosineEmbedding
     >>> face = Output(torch.ones(2, 4))
-    >>> EachPeer(loss=CosineEmbedding(), peers=1)(replace(face, features={"peers.0": -torch.ones(2, 4)}), face)
+    >>> EachPeer(loss=CosineEmbedding(), peers=1)(Output(face.embedding, features={"peers.0": -face.embedding}), face)
     tensor(2.)
     """
 
@@ -94,7 +94,7 @@ class Mutual(_Copies):
 
     >>> from distill.losses.embedding import CosineEmbedding
     >>> face = Output(torch.ones(2, 4))
-    >>> Mutual(loss=CosineEmbedding(), peers=1)(replace(face, features={"peers.0": -torch.ones(2, 4)}), face)
+    >>> Mutual(loss=CosineEmbedding(), peers=1)(Output(face.embedding, features={"peers.0": -face.embedding}), face)
     tensor(4.)
     """
 

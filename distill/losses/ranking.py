@@ -112,7 +112,6 @@ class EKD(Loss):
 
     def _thresholds(self, descending: Tensor, count: Tensor) -> Tensor:
         """``[2, thresholds]`` from impostor cosines ``[2, pairs]`` of which the first ``count`` are some."""
-        some = count > 0
         now = descending[:, (count // self.one_in).clamp(max=descending.shape[1] - 1)]
         # While none is known, no pair passes any, and the loss is 0.
         some = count > 0

@@ -90,3 +90,10 @@ command(lambda: checkpoints.save(2, {"weight": torch.zeros(1_000_000)}))()
     assert "no space left" in done.stderr and "step-00000002.pt" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".tmp-0123456789ab-step-00000003.pt"
+    left.write_bytes(b"half")
+    Checkpoints(tmp_path).save(3, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
