@@ -35,7 +35,7 @@ from faceless.files import atomic_path, atomic_write
 from faceless.settings import ROOT, parse, put, recipe
 
 # What makes a method: an option that names a recipe takes these keys of it, and no others.
-METHOD = ("losses", "classifier", "adaptive", "pseudo_identities")
+METHOD = ("losses", "classifier", "adaptive", "pseudo_identities", "augment")
 # Name, whether more is better, and whether it is a rate.
 MEASURES = {
     "EER": (False, True),
