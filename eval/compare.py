@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from markupsafe import Markup
 
 import faceless
@@ -533,10 +533,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        options = parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(str(error)) from error
+    options = parser().parse_args(arguments)
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
     if len(set(options.benchmark)) < len(options.benchmark):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -210,10 +210,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        options = parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(str(error)) from error
+    options = parser().parse_args(arguments)
     device = chosen_device(options.device)
     recognizer = faceless.load(options.model).to(device)
     framing = recognizer.spec.framing

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -363,10 +363,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        options = parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(str(error)) from error
+    options = parser().parse_args(arguments)
     if min(options.batches) < 1 or options.runs < 1 or options.warmup < 0 or (options.threads or 1) < 1:
         raise InputError("--batches, --runs and --threads are 1 or more, --warmup 0 or more")
     device = chosen_device(options.device)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 import faceless
 from eval import benchmarks, metrics
@@ -314,10 +314,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        options = parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(str(error)) from error
+    options = parser().parse_args(arguments)
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
     device = chosen_device(options.device)

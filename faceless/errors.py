@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable
 from functools import wraps
 
@@ -39,8 +40,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            sys.exit(fail(str(error)))
+        except (InputError, ArgumentError) as error:
+            sys.exit(fail(" ".join(str(error).split())))
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise

@@ -12,13 +12,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import matplotlib
@@ -81,6 +84,8 @@ class Grid:
         people: whose figures count, a subset of the benchmark as in ``verification.people``, or ``all``.
         measure: what cells are ranked by.
         launch: arguments for ``accelerate launch``, such as ``--num_processes 2 --cpu``.
+        jobs: runs at the same time, one for each core at most, each with its share of the cores and a log of its own in
+            ``logs``; small networks train faster so on CPUs. The first run goes alone: it makes what others share.
         plan: only list the cells.
     """
 
@@ -93,11 +98,14 @@ class Grid:
     people: str = "21-40"
     measure: str = "EER"
     launch: str = ""
+    jobs: int = 1
     plan: bool = False
 
     def __post_init__(self) -> None:
         if not self.axes or not all(self.axes.values()) or not self.seeds:
             raise InputError("a grid needs axes, each with an option or more, and a seed")
+        if self.jobs < 1:
+            raise InputError(f"jobs is {self.jobs}; use 1 or more")
         if self.measure not in MEASURES:
             raise InputError(f"measure is {self.measure!r}; {suggest(self.measure, MEASURES)}")
         for axis, options in self.axes.items():
@@ -171,10 +179,48 @@ def train(grid: Grid, cell: Cell, seed: int) -> bool:
     """Train a cell, or what is left of it; returns whether it succeeded."""
     if finished(folder(grid, cell, seed)):
         return True
-    print(f"\n== {' '.join(cell)} seed {seed}", flush=True)
+    settings = write(grid, cell, seed)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *shlex.split(grid.launch)]
-    arguments = [str(ROOT / "distill" / "train.py"), "--config", str(write(grid, cell, seed))]
-    return not subprocess.run([*launch, *arguments], check=False).returncode
+    arguments = [*launch, str(ROOT / "distill" / "train.py"), "--config", str(settings)]
+    name = f"{' '.join(cell)} seed {seed}"
+    if grid.jobs == 1:
+        print(f"\n== {name}", flush=True)
+        return not subprocess.run(arguments, check=False).returncode
+    log = Path(grid.output, "logs", f"{settings.stem}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"== {name}: {log}", flush=True)
+    with log.open("w") as file:
+        failed = subprocess.run(arguments, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if failed:
+        print(f"== {name} failed: {last_line(log)}", flush=True)
+    return not failed
+
+
+def last_line(log: Path) -> str:
+    """Of what a run has printed, which says why it failed."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.split("\r")[-1] for line in reversed(lines) if line.strip()), "no output")
+
+
+def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
+    """Train cells with seeds, ``grid.jobs`` at a time; returns those that failed."""
+    todo = [one for one in todo if not finished(folder(grid, *one))]
+    failed = [one for one in todo[: 1 if grid.jobs > 1 else None] if not train(grid, *one)]
+    if grid.jobs == 1:
+        return failed
+    cores = sorted(os.sched_getaffinity(0))
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    jobs = min(grid.jobs, len(cores))
+    for job in range(jobs):
+        shares.put(cores[job::jobs])
+    # A run keeps to the cores of the thread that starts it.
+    with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
+        try:
+            ended = list(pool.map(lambda one: train(grid, *one), todo[1:]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed + [one for one, well in zip(todo[1:], ended) if not well]
 
 
 def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[str, Any]]:
@@ -357,10 +403,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = folder(grid, cell, seed)
             print(run, "finished" if finished(run) else "begun" if run.exists() else "to do")
         return
-    failed = [(cell, seed) for seed in grid.seeds for cell in cells(grid) if not train(grid, cell, seed)]
+    failed = train_all(grid, [(cell, seed) for seed in grid.seeds for cell in cells(grid)])
     if grid.confirm is not None:
         chosen = to_confirm(grid, collect(grid))
-        failed += [(cell, seed) for seed in grid.confirm.seeds for cell in chosen if not train(grid, cell, seed)]
+        failed += train_all(grid, [(cell, seed) for seed in grid.confirm.seeds for cell in chosen])
     report(grid)
     if failed:
         listed = ", ".join(f"{'-'.join(cell)} seed {seed}" for cell, seed in failed)

@@ -103,6 +103,10 @@ def test_the_command_names_its_conventions(tmp_path, capsys):
     with pytest.raises(SystemExit):
         efficiency.main(["--model", *models, "--batches", "0"])
     assert "error: --batches" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        efficiency.main(["--model", *models, "--rounds", "5"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and "--rounds" in line
 
 
 def test_quantiles_are_measured_times():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -117,6 +118,24 @@ def test_a_grid_is_trained_once_and_resumed(tmp_path: Path, teacher: Path, capfd
     assert (tmp_path / "grid" / "table.md").read_text() == table
 
 
+def test_runs_at_the_same_time_end_like_runs_in_turn(
+    tmp_path: Path,
+    teacher: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    base = recipe(tmp_path, teacher, steps=2, verification={"benchmark": None})
+    axes = {"cell": {"alone": {}, "beside": {}, "broken": {"student.name": "no-such-network"}}}
+    settings = {"base": str(base), "axes": axes, "output": str(tmp_path / "grid"), "measure": "cosine"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings | {"jobs": 2, "launch": "--cpu"}))
+    with pytest.raises(InputError, match="1 runs failed: broken seed 0"):
+        ablate.main(["--config", str(tmp_path / "grid.yaml")])
+    assert re.search("broken seed 0 failed: .*no-such-network", capfd.readouterr().out)
+    logs = {path.name for path in (tmp_path / "grid" / "logs").iterdir()}
+    assert logs == {f"{name}-seed-0.log" for name in axes["cell"]}
+    alone, beside = json.loads((tmp_path / "grid" / "table.json").read_text())["rows"]
+    assert alone["cosine"]["mean"] == pytest.approx(beside["cosine"]["mean"], rel=1e-3)
+
+
 def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stepz"):
         ablate.write(grid(tmp_path, common={"stepz": 3}), ("cosine", "short"), 0)
@@ -124,6 +143,8 @@ def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
         grid(tmp_path, axes={"method": {"../x": {}}})
     with pytest.raises(InputError, match="measure"):
         grid(tmp_path, measure="eer")
+    with pytest.raises(InputError, match="jobs"):
+        grid(tmp_path, jobs=0)
     made = grid(tmp_path)
     ablate.write(made, ("cosine", "short"), 0)
     ablate.folder(made, ("cosine", "short"), 0).mkdir(parents=True)
