@@ -34,7 +34,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
         square = gram @ gram
         polynomial = a * unit + b * gram + c * square
         product = polynomial @ product if step else polynomial
-        gram = polynomial @ gram @ polynomial
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
     x = product @ x
     return (x.T if tall else x).to(matrix.dtype)
 
