@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,10 +172,16 @@ class MixtureSource(Source):
         labels = None
         if self.labelled:
             labels = torch.cat([self._labels(name, batch) for name, batch in found.items()])[self.order]
+        landmarks = None
+        if any(batch.landmarks is not None for batch in batches):
+            unknown = torch.full((self.place.batch_size, 5, 2), math.nan)
+            known = [unknown[: len(b.images)] if b.landmarks is None else b.landmarks for b in batches]
+            landmarks = torch.cat(known)[self.order]
         return MixedBatch(
             self._images(found),
             MixedRng.join([batch.rng for batch in batches], self.order),
             labels,
+            landmarks=landmarks,
             parts={name: (self.where[name], batch) for name, batch in found.items()},
         )
 

@@ -35,11 +35,11 @@ class Prompts:
 
     Args:
         tokens: in each layer; 5 to 50.
-        seed: of their initial values.
+        seed: of their initial values; null takes the run's.
     """
 
     tokens: int = 10
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= 200:
@@ -91,7 +91,7 @@ class PromptedBackbone(nn.Module):
         module: Any
         for name, module in list(self.model.named_modules()):
             if type(module) in kinds:
-                numbers = Rng.of(settings.seed, f"prompts {name}", range(settings.tokens))
+                numbers = Rng.of(settings.seed or 0, f"prompts {name}", range(settings.tokens))
                 layer = kinds[type(module)](module, SPREAD * numbers.normal(module.qkv.in_features))
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer)

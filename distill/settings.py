@@ -160,7 +160,8 @@ class Run:
         optimizer: how weights move.
         steps, batch_size: length of the run, and faces per step over all processes.
         ema: decay of the running average of the student that is saved and verified; 0 saves the last weights.
-        seed: of initial weights, the order of faces, latents and augmentation. Losses that draw have their own.
+        seed: of initial weights, the order of faces, latents and augmentation, and of what losses and prompts draw that
+            name no seed of their own.
         precision: ``auto`` takes bf16 where the device computes it natively, else fp32.
         device: ``auto`` takes a GPU when there is one.
         compile: let torch.compile fuse the student.

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,32 @@ def links(settings: Settings[Run]) -> list[Settings[Run]]:
     """
     plain = settings.asdict()
     if not (chain := plain["chain"]):
-        return [settings]
+        return [seeded(settings)]
     found, teacher = [], plain["teacher"]
     for number, changes in enumerate(chain, 1):
         if taken := {"teacher", "output", "chain"} & set(changes):
             raise InputError(f"chain: link {number} sets {min(taken)}, which follows from the chain")
         output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
         own = {"seed": plain["seed"] + number - 1} | changes  # generations start from other weights
-        found.append(settings.changed(own | {"teacher": teacher, "output": output, "chain": None}))
+        found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
         teacher = f"{output}/student"
     return found
+
+
+def seeded(settings: Settings[Run]) -> Settings[Run]:
+    """Give the losses and prompts that name no seed that of the run, so that runs of other seeds draw other numbers."""
+    plain = settings.asdict()
+    nameless = unseeded({key: plain[key] for key in ("losses", "prompts")})
+    return settings.changed(dict.fromkeys(nameless, plain["seed"]))
+
+
+def unseeded(settings: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Dotted keys of the seeds that are null, however deep."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from unseeded(value, f"{above}{name}.")
+        elif name == "seed" and value is None:
+            yield f"{above}{name}"
 
 
 def train(settings: Settings[Run], more: bool = False) -> Path:
@@ -227,7 +243,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 since, since_step = now, step
                 named = dict(zip(terms, values))
                 bar.set_postfix(loss=f"{loss:.3f}", faces_per_s=f"{speed:.0f}")
-                entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 1)}
+                entry = {"step": step, "loss": loss, "terms": named, "lr": rate, "faces_per_second": round(speed, 3)}
                 if run.adaptive is not None:
                     entry["weights"] = bare_objective.weights_now()
                     named |= {f"weight/{name}": weight for name, weight in entry["weights"].items()}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from faceless import __version__, archives, assets, onnx_files
 from faceless.backbones import ARCHITECTURES
+from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
@@ -46,7 +47,7 @@ PROGRAMS = (
 MAX_STRANGE = 64  # classes in a checkpoint that are passed over
 # Wrappers that other training code leaves around a backbone, longest first.
 PREFIXES = ("_orig_mod.", "backbone.", "student.", "module.", "model.", "net.")
-NESTS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone")
+NESTS = ("state_dict_backbone", "state_dict", "model_state_dict", "net_state_dict", "model", "backbone")
 EDGEFACE_WIDTHS = {24: "edgeface-xxs", 32: "edgeface-xs", 48: "edgeface-s", 80: "edgeface-base"}  # of the stem
 CLASSIFIERS = ("head.", "header.", "logits.")  # belong to training; an embedder has none
 
@@ -405,8 +406,8 @@ def _load_foreign(state: State, path: Path, given: Mapping[str, Any]) -> Recogni
     state, (name, options) = known[0]
     options |= given
     found = _assemble(name, options.pop("embedding_dim"), options.pop("input_size"), options, state, path)
-    if path.suffix == ".ckpt" and name.startswith("ir") and not name.startswith("iresnet"):
-        # AdaFace reads images with OpenCV and leaves their channels as they come.
+    if path.suffix == ".ckpt" and name.rstrip("0123456789") in ("ir", "cbam"):
+        # AdaFace and A-SKD read images with OpenCV and leave their channels as they come.
         found = Recognizer(found.backbone, replace(found.spec, channel_order="BGR"), name=name, options=found.options)
     return found
 
@@ -416,16 +417,21 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
     shapes = {key: tuple(value.shape) for key, value in state.items()}
 
     def size(side: int) -> int:
-        return 16 * side  # both networks divide the side by 16
+        return 16 * side  # the networks divide the side by 16
+
+    def stages() -> tuple[int, ...]:
+        names = {(key.split(".")[0], key.split(".")[1]) for key in shapes if key.startswith("layer")}
+        return tuple(sum(stage == f"layer{number}" for stage, _ in names) for number in (1, 2, 3, 4))
 
     match shapes:
         case {"fc.weight": (dim, inputs), "features.running_mean": _, "layer1.0.prelu.weight": _}:
-            depths = tuple(
-                len({key.split(".")[1] for key in shapes if key.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)
-            )
-            depth = next((depth for depth, blocks in BLOCKS.items() if blocks == depths), None)
+            depth = next((depth for depth, blocks in BLOCKS.items() if blocks == stages()), None)
             side = math.isqrt(inputs // WIDTHS[-1])
             return (f"iresnet{depth}", {"embedding_dim": dim, "input_size": size(side)}) if depth else None
+        case {"output_layer.3.weight": (dim, inputs), "layer1.0.channel_layer.shared_mlp.0.weight": _}:
+            depth = next((depth for depth, blocks in CBAM_BLOCKS.items() if blocks == stages()), None)
+            side = math.isqrt(inputs // WIDTHS[-1])
+            return (f"cbam{depth}", {"embedding_dim": dim, "input_size": size(side)}) if depth else None
         case {
             "conv1.conv.weight": (channels, *_),
             "output_layer.linear.weight": (dim, _),

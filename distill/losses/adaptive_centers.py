@@ -61,7 +61,7 @@ class _TeacherCenters(Loss):
         margin: float,
         gradient: str,
         negatives: int | None,
-        seed: int,
+        seed: int | None,
     ):
         super().__init__()
         if classes < 2:
@@ -69,12 +69,12 @@ class _TeacherCenters(Loss):
         self.classes = classes
         self.negatives = check_negatives(negatives)
         self.draws = _Draws() if negatives is not None and negatives < classes else None
-        self.seed = seed
+        self.seed = seed or 0
         self.kind = one_of(("arc", "cos"), kind=kind)
         self.scale = positive(scale=scale)
         self.gradient = one_of(GRADIENTS, gradient=gradient)
         self.margin = margin
-        self.register_buffer("centers", random_rows(classes, embedding_dim, seed, "teacher centers"))
+        self.register_buffer("centers", random_rows(classes, embedding_dim, self.seed, "teacher centers"))
 
     def _softmax(self, S: Tensor, labels: Tensor) -> Tensor:
         centers = self.centers
@@ -130,7 +130,7 @@ class FrozenCenters(_TeacherCenters):
         margin: float = 0.45,
         gradient: str = "exact",
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(embedding_dim, classes, kind, scale, margin, gradient, negatives, seed)
         self.primed = False
@@ -205,7 +205,7 @@ class AdaDistill(_TeacherCenters):
         renormalize: bool = False,
         gradient: str = "exact",
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(embedding_dim, classes, kind, scale, margin, gradient, negatives, seed)
         self.weighted = weighted

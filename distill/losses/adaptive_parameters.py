@@ -7,6 +7,7 @@ Each has the fixed loss beside it, of the same formula: which of the two is bett
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +114,11 @@ class AdaptiveQUD(QUD):
     the loss alone would have it, within 0.01 and 1 (CLIP: Radford et al., ICML 2021, section 2.5, starts at 0.07).
 
     Args:
-        embedding_dim, queue_size, initial, update, same_person, seed: as for `QUD`.
         rule: one of the two.
         factor: of ``spread``.
         start: of ``learned``.
         momentum: of the running deviation.
+        queue: all arguments of `QUD` but its temperature.
 
     Shape:
         both embeddings ``[B, D]`` of any norm; returns a scalar.
@@ -132,26 +133,13 @@ class AdaptiveQUD(QUD):
     def __init__(
         self,
         *,
-        embedding_dim: int,
-        queue_size: int = 1024,
         rule: str = "spread",
         factor: float = 1.0,
         start: float = 0.07,
         momentum: float = 0.99,
-        initial: str = "random",
-        update: str = "fifo",
-        same_person: float | None = None,
-        seed: int = 0,
+        **queue: Any,
     ):
-        super().__init__(
-            embedding_dim=embedding_dim,
-            queue_size=queue_size,
-            temperature=start,
-            initial=initial,
-            update=update,
-            same_person=same_person,
-            seed=seed,
-        )
+        super().__init__(temperature=start, **queue)
         self.rule = one_of(("spread", "learned"), rule=rule)
         self.factor = positive(factor=factor)
         self.log = nn.Parameter(torch.tensor([math.log(start)])) if self.rule == "learned" else None

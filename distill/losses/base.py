@@ -24,6 +24,8 @@ class Loss(nn.Module, ABC):
     equal size per process therefore give what one process would. A loss of pairs gathers first, and is equal on every
     process.
 
+    A loss that draws numbers has a ``seed``: None is that of the run (`distill.settings.Run`), and 0 outside of one.
+
     Attributes:
         needs_labels: whether ``labels`` must be given; a label of -1 marks a face without one, which does not count.
         needs_logits: whether both outputs must carry logits over the same classes.

@@ -52,7 +52,7 @@ class QUD(Loss):
         initial: str = "random",
         update: str = "fifo",
         same_person: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.temperature = positive(temperature=temperature)
@@ -60,7 +60,7 @@ class QUD(Loss):
         if same_person is not None and not -1 <= same_person <= 1:
             raise ValueError(f"same_person is {same_person}; it is a cosine")
         self.same_person = same_person
-        self.negatives = EmbeddingMemory(queue_size, embedding_dim, initial=initial, seed=seed)
+        self.negatives = EmbeddingMemory(queue_size, embedding_dim, initial=initial, seed=seed or 0)
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         s, t = (F.normalize(x) for x in same_dim(student, teacher))
@@ -126,12 +126,14 @@ class CRD(Loss):
         feature_dim: int = 128,
         size: int = 4096,
         temperature: float = 0.07,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.temperature = positive(temperature=temperature)
-        self.student_projection = _projection(student_dim or embedding_dim, feature_dim, seed, "student projection")
-        self.teacher_projection = _projection(embedding_dim, feature_dim, seed, "teacher projection")
+        self.student_projection = _projection(
+            student_dim or embedding_dim, feature_dim, seed or 0, "student projection"
+        )
+        self.teacher_projection = _projection(embedding_dim, feature_dim, seed or 0, "teacher projection")
         self.students = EmbeddingMemory(size, feature_dim, initial="empty")
         self.teachers = EmbeddingMemory(size, feature_dim, initial="empty")
         self.register_buffer("log_mean", torch.zeros(2))

@@ -140,7 +140,7 @@ class URFM(FeatureLoss):
         local: float = 1.0,
         keep: float = 1.0,
         teacher_learns: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(student_layer, teacher_layer)
         self.side = math.isqrt(int(positive(centers=centers)))
@@ -150,11 +150,11 @@ class URFM(FeatureLoss):
             raise ValueError(f"dim {dim} cannot be split into {heads} heads")
         if gamma < 0:
             raise ValueError(f"gamma is {gamma}; it cannot be negative")
-        self.dim, self.heads, self.gamma, self.seed = int(positive(dim=dim)), heads, gamma, seed
+        self.dim, self.heads, self.gamma, self.seed = int(positive(dim=dim)), heads, gamma, seed or 0
         self.attention, self.local, self.keep = attention, local, positive(keep=keep)
         self.teacher_learns = teacher_learns
         # Not `centers`, under which the optimizer knows tables of classes.
-        self.queries = nn.Parameter(Rng.of(seed, "URFM centers", range(centers)).normal(dim))
+        self.queries = nn.Parameter(Rng.of(self.seed, "URFM centers", range(centers)).normal(dim))
         points = align.template(one_of(align.FRAMINGS, framing=framing), "arcface5", 1) + 0.5
         self.register_buffer("canonical", points, persistent=False)
         self.of_student: LocalFeatures | None = None
@@ -214,7 +214,7 @@ class PromptGuard(Loss):
     """Keep a teacher with prompts near what it says without: mean of 1 - cos of its two embeddings.
 
     Prompts that only make the teacher easy to imitate would lead both networks to embed all faces alike. No labels.
-    For `distill.prompts`, whose teachers give both embeddings as features; without gradient for the student.
+    For `distill.prompts`, whose teachers give both embeddings as features; its gradient for the student is 0.
 
     Shape:
         teacher features ``prompted`` and ``unprompted``, ``[B, D]``; returns a scalar in 0..2.
@@ -235,4 +235,4 @@ class PromptGuard(Loss):
         if not set(self.teacher_features) <= set(teacher.features):
             raise ValueError("PromptGuard is for a teacher with prompts; set prompts")
         now, before = (teacher.features[name].to(student.embedding.dtype) for name in self.teacher_features)
-        return mean(1 - F.cosine_similarity(now, before.detach(), eps=1e-12))
+        return mean(1 - F.cosine_similarity(now, before.detach(), eps=1e-12)) + student.embedding.sum() * 0

@@ -96,9 +96,9 @@ class Hint(FeatureLoss):
     True
     """
 
-    def __init__(self, *, student_layer: str, teacher_layer: str, seed: int = 0):
+    def __init__(self, *, student_layer: str, teacher_layer: str, seed: int | None = None):
         super().__init__(student_layer, teacher_layer)
-        self.seed = seed
+        self.seed = seed or 0
         self.adapter: nn.Conv2d | None = None
 
     def prepare(self, student: Output, teacher: Output) -> None:
@@ -150,13 +150,13 @@ class Hints(Loss):
 
     needs_features = True
 
-    def __init__(self, *, student_layers: Sequence[str], teacher_layers: Sequence[str], seed: int = 0):
+    def __init__(self, *, student_layers: Sequence[str], teacher_layers: Sequence[str], seed: int | None = None):
         super().__init__()
         if len(student_layers) != len(teacher_layers) or not student_layers:
             raise ValueError(f"{len(student_layers)} student_layers and {len(teacher_layers)} teacher_layers: no pairs")
         self.student_features, self.teacher_features = tuple(student_layers), tuple(teacher_layers)
         self.stages = nn.ModuleList(
-            Hint(student_layer=mine, teacher_layer=theirs, seed=seed + stage)
+            Hint(student_layer=mine, teacher_layer=theirs, seed=(seed or 0) + stage)
             for stage, (mine, theirs) in enumerate(zip(student_layers, teacher_layers))
         )
 

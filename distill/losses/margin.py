@@ -110,15 +110,15 @@ class _Head(Loss):
 
     needs_labels = True
 
-    def __init__(self, embedding_dim: int, classes: int, negatives: int | None, seed: int, std: float):
+    def __init__(self, embedding_dim: int, classes: int, negatives: int | None, seed: int | None, std: float):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes is {classes}; a head needs at least 2")
         self.classes = classes
         self.negatives = check_negatives(negatives)
-        self.seed = seed
+        self.seed = seed or 0
         self.step = 0
-        self.centers = nn.Parameter(random_rows(classes, embedding_dim, seed, "class centers", std))
+        self.centers = nn.Parameter(random_rows(classes, embedding_dim, self.seed, "class centers", std))
 
     def cosines(self, student: Output, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines ``[B, C']`` to the centers in use, -inf for repeated ones, and labels as their columns (-1 stays)."""
@@ -180,7 +180,7 @@ class ArcFace(_Head):
         margin: float = 0.5,
         gradient: str = "straight-through",
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(embedding_dim, classes, negatives, seed, std=0.01)
         self.scale = positive(scale=scale)
@@ -215,7 +215,7 @@ class CosFace(ArcFace):
         scale: float = 64.0,
         margin: float = 0.35,
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(
             embedding_dim=embedding_dim, classes=classes, scale=scale, margin=margin, negatives=negatives, seed=seed
@@ -260,7 +260,7 @@ class SphereFace2(_Head):
         strength: float = 50.0,
         gradient: str = "straight-through",
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         # The spread of Xavier initialization; only the directions of the centers matter to the loss.
         super().__init__(embedding_dim, classes, negatives, seed, std=math.sqrt(2 / (classes + embedding_dim)))

@@ -157,7 +157,7 @@ class DeepMutual(_PeerLoss):
         scale: float = 32.0,
         temperature: float = 1.0,
         weight: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__(peers)
         if classes < 2:
@@ -166,13 +166,16 @@ class DeepMutual(_PeerLoss):
         self.scale, self.temperature = positive(scale=scale), positive(temperature=temperature)
         self.weight = weight
         self.classifiers = nn.ModuleList(
-            _Classifier(embedding_dim, classes, seed, f"class centers {i}") for i in range(peers + 1)
+            _Classifier(embedding_dim, classes, seed or 0, f"class centers {i}") for i in range(peers + 1)
         )
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         assert labels is not None
         check_labels(labels, self.classes)
         everyone = self.everyone(student)
+        dim = self.classifiers[0].centers.shape[1]
+        if wrong := [out.embedding.shape[1] for out in everyone if out.embedding.shape[1] != dim]:
+            raise ValueError(f"embedding_dim is {dim}, and a network's embeddings have {wrong[0]} numbers")
         scores = [self.scale * net(out.embedding) for net, out in zip(self.classifiers, everyone)]
         total = torch.stack(
             [labeled_mean(F.cross_entropy(z, labels.clamp(min=0), reduction="none"), labels) for z in scores]

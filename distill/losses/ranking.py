@@ -159,7 +159,7 @@ class PairwiseRanking(Loss):
         power: float = 1.0,
         slope: float = 1.0,
         scores: int = 1024,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.form = one_of(("power", "exponent", "ranknet"), form=form)
@@ -171,7 +171,7 @@ class PairwiseRanking(Loss):
         self.power = power
         self.slope = positive(slope=slope)
         self.scores = int(positive(scores=scores))
-        self.seed = seed
+        self.seed = seed or 0
         self.step = 0
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:

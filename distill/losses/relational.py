@@ -84,11 +84,11 @@ class RKDAngle(Loss):
     tensor(0.)
     """
 
-    def __init__(self, *, normalized: str = "teacher", vertices: int = 128, seed: int = 0):
+    def __init__(self, *, normalized: str = "teacher", vertices: int = 128, seed: int | None = None):
         super().__init__()
         self.normalized = one_of(_NORMALIZED, normalized=normalized)
         self.vertices = int(positive(vertices=vertices))
-        self.seed = seed
+        self.seed = seed or 0
         self.step = 0
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
@@ -154,14 +154,14 @@ class SimilarityToMemory(Loss):
         paired: bool = False,
         student_dim: int | None = None,
         initial: str = "empty",
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         if student_dim not in (None, embedding_dim) and not paired:
             raise ValueError("a student of another dimension cannot be compared with teacher embeddings; set paired")
         if paired and initial == "random":
             raise ValueError("random rows are not pairs; with paired, initial is 'empty'")
-        self.teachers = EmbeddingMemory(size, embedding_dim, initial=initial, seed=seed)
+        self.teachers = EmbeddingMemory(size, embedding_dim, initial=initial, seed=seed or 0)
         self.students = EmbeddingMemory(size, student_dim or embedding_dim, initial="empty") if paired else None
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:

@@ -144,7 +144,7 @@ class UnifiedKD(Loss):
         instance: float = 20.0,
         relation: float = 40.0,
         negatives: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.instance = positive(instance=instance)

@@ -8,6 +8,8 @@ from functools import partial
 
 from torch import nn
 
+from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
+from faceless.backbones.cbam import CBAM
 from faceless.backbones.dlib_resnet import MEAN, DlibResNet29
 from faceless.backbones.edgeface import EdgeFace
 from faceless.backbones.ghostfacenet import GhostFaceNet
@@ -38,6 +40,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     **{f"iresnet{depth}": Architecture(partial(IResNet, depth)) for depth in BLOCKS},
     **{f"ir{depth}": Architecture(partial(IR, depth)) for depth in IR_BLOCKS},
+    **{f"cbam{depth}": Architecture(partial(CBAM, depth)) for depth in CBAM_BLOCKS},
     "mobilefacenet": Architecture(MobileFaceNet),
     "mbf": Architecture(partial(MBF, 2, (1, 4, 6, 2))),
     "mbf-large": Architecture(partial(MBF, 4, (2, 8, 12, 4))),

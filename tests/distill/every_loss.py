@@ -32,6 +32,7 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "l2-unit": lambda d: embedding.FeatureL2(form="unit"),
     "l2-unit-mean": lambda d: embedding.FeatureL2(form="unit-mean"),
     "von-mises-fisher": lambda d: probabilistic.VonMisesFisher(),
+    "von-mises-fisher-kl": lambda d: probabilistic.VonMisesFisher(form="kl"),
     "qud": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12),
     "qud-empty": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12, initial="empty"),
     "qud-simQ": lambda d: contrastive.QUD(embedding_dim=d, queue_size=12, update="simQ"),
@@ -96,6 +97,9 @@ EVERY: dict[str, Callable[[int], Loss]] = {
         student_layers=["map"], teacher_layers=["wide"], maps="spatial"
     ),
     "each-peer": lambda d: mutual.EachPeer(loss=contrastive.QUD(embedding_dim=d, queue_size=12)),
+    "mutual": lambda d: mutual.Mutual(loss=embedding.CosineEmbedding(), peers=2),
+    "deep-mutual": lambda d: mutual.DeepMutual(embedding_dim=d, classes=6, peers=2),
+    "prompt-guard": lambda d: cross_architecture.PromptGuard(),
 }
 
 
@@ -125,10 +129,10 @@ OF_PAIRS = {
 HEADS = {name for name in EVERY if name.startswith(("arc", "cosf", "cosd", "sphere", "ada"))} | {"cross-entropy"}
 
 # Their derivative is not that of their value, by definition.
-STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels"}
+STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels", "mutual", "deep-mutual"}
 
 # Losses that accept a student of another dimension.
-ANY_DIM = OF_PAIRS | {"cross-entropy", "attention", "attention-spatial"}
+ANY_DIM = OF_PAIRS | {"cross-entropy", "attention", "attention-spatial", "mutual", "prompt-guard"}
 
 
 def faces(
@@ -143,7 +147,7 @@ def faces(
 
 
 def value(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The loss of two embeddings, which also serve as logits, as a peer's and, spread over places, as feature maps."""
+    """The loss of two embeddings, which also serve as logits, as peers' and, spread over places, as feature maps."""
     if labels is not None and (loss.needs_logits or isinstance(loss, logits.CrossEntropy)):
         labels = labels.clamp(max=student.shape[1] - 1)
     return loss(output(student), output(teacher), labels)
@@ -154,9 +158,9 @@ def output(embedding: Tensor) -> Output:
     if embedding.ndim == 2:
         dim = embedding.shape[1]
         exact = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        maps |= {"peers.0": exact, "peers.1": exact.flip(1), "prompted": exact, "unprompted": exact.flip(1)}
         for name, channels in (("map", torch.arange(dim)), ("wide", torch.arange(2 * dim) % dim)):
             phase = torch.arange(len(channels))[:, None, None] + torch.arange(3)[:, None] + 2 * torch.arange(2)
-            maps["peers.0"] = exact
             maps[name] = exact[:, channels, None, None] * (1 + phase).to(exact.dtype).sin()
     return Output(embedding, embedding, maps)
 

@@ -70,6 +70,20 @@ def test_identities_of_the_parts_are_kept_apart_and_the_unlabelled_have_none(tmp
             assert torch.equal(batch.labels[where], part.labels + expected)
 
 
+def test_landmarks_of_the_parts_stand_at_their_faces_and_the_others_have_none(tmp_path: Path) -> None:
+    source, drawn = mixture(tmp_path), Rng.of(0, "landmarks", range(15)).uniform(5, 2)
+    assert source.batch(0).landmarks is None
+    source.sources["a"].landmarks = drawn
+    batch = source.batch(0)
+    where, part = batch.parts["a"]
+    assert torch.equal(batch.landmarks[where], drawn[part.rows])
+    others = torch.cat([batch.parts[name][0] for name in ("b", "drawn")])
+    assert batch.landmarks.shape == (8, 5, 2) and batch.landmarks[others].isnan().all()
+    # As the loop has it: they move with their own faces.
+    augment = Augment(rotate=20.0, shift=0.1)
+    assert torch.equal(augment.points(batch.landmarks, batch.rng)[where], augment.points(drawn[part.rows], part.rng))
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batch_of_one(tmp_path: Path, processes: int) -> None:
     shares = {"a": 1, "b": 1} if processes == 4 else {}

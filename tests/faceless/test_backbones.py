@@ -60,11 +60,15 @@ def test_parameters_and_macs(build, parameters, macs):
 
 @pytest.mark.parametrize(
     ("name", "options", "parameters", "macs"),
-    # Counted on the classes of mk-minchul/AdaFace, fdbtrs/PocketNet, otroshi/edgeface, otroshi/synthdistill, and timm.
+    # Counted on the classes of mk-minchul/AdaFace, gist-ailab/teaching-where-to-look, fdbtrs/PocketNet,
+    # otroshi/edgeface, otroshi/synthdistill, and timm.
     [
         ("ir18", {}, 24_020_352, 2_597_109_760),
         ("ir50", {}, 43_585_600, 6_296_485_888),
         ("ir101", {}, 65_150_912, 12_076_761_088),
+        ("cbam50", {}, 43_814_000, 6_310_054_214),
+        ("cbam100", {}, 65_529_266, 12_090_811_878),
+        ("cbam152", {}, 71_177_796, 12_322_051_318),
         ("pocketnet-s", {}, 925_632, 283_541_120),
         ("pocketnet-s", {"embedding_dim": 256}, 991_424, 283_606_656),
         ("pocketnet-m", {}, 1_686_656, 538_215_680),
@@ -124,6 +128,7 @@ def test_tensorflow_pads_below_and_to_the_right():
     ("name", "options"),
     [
         ("ir18", {"input_size": 32}),
+        ("cbam18", {"input_size": 32}),
         ("pocketnet-s", {"input_size": 32}),
         ("edgeface-xxs", {"input_size": 64}),
         ("edgeface-xs", {"input_size": 64, "rank_ratio": 0.6}),

@@ -88,6 +88,10 @@ def pocketnet(monkeypatch):
     return lambda channels, layers, emb: cnn(C=channels, n_layers=layers, genotype=genotype, emb=emb)
 
 
+def askd(monkeypatch):
+    return official("gist-ailab/teaching-where-to-look", "model/backbone.py").CBAMResNet
+
+
 def edgeface(monkeypatch):
     module = official("otroshi/edgeface", "backbones/timmfr.py")
 
@@ -145,6 +149,7 @@ def facenet(monkeypatch):
         (adaface, ("ir_34",), "ir34", lambda s: {f"model.{k}": v for k, v in s.items()}),  # as CVLface saves it
         (adaface, ("ir_50",), "ir50", lambda s: s),
         (adaface, ("ir_101",), "ir101", lambda s: s),
+        (askd, (50,), "cbam50", lambda s: {"iters": torch.tensor(1), "net_state_dict": s}),
         (pocketnet, (16, 18, 128), "pocketnet-s", lambda s: s),
         (pocketnet, (16, 18, 512), "pocketnet-s", lambda s: s),
         (pocketnet, (32, 9, 256), "pocketnet-m", lambda s: {f"module.{k}": v for k, v in s.items()}),

@@ -27,6 +27,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 SMALL = {
     "iresnet18": {"input_size": 32},
     "ir18": {"input_size": 32},
+    "cbam18": {"input_size": 32},
     "mobilefacenet": {"input_size": 48, "width": 0.25},
     "mbf": {"input_size": 48},
     "mixfacenet-xs": {"input_size": 64},
@@ -44,6 +45,8 @@ SLOW = {name: {} for name in ARCHITECTURES if name not in SMALL} | {
     "iresnet100": {"input_size": 48},
     "iresnet200": {"input_size": 48},
     "ir101": {"input_size": 48},
+    "cbam100": {"input_size": 48},
+    "cbam152": {"input_size": 48},
 }
 
 

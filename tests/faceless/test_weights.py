@@ -164,6 +164,15 @@ def test_iresnets_are_recognized(tmp_path, depth, size):
     assert torch.equal(found(faces(1)).embedding, net(faces(1)).embedding)
 
 
+def test_checkpoints_of_a_skd_are_recognized_and_want_bgr(tmp_path):
+    net = shaken(faceless.create("cbam18", embedding_dim=8, input_size=32))
+    torch.save({"iters": 3, "net_state_dict": net.backbone.state_dict()}, tmp_path / "Iter_000003_net.ckpt")
+    found = faceless.load(tmp_path / "Iter_000003_net.ckpt")
+    assert (found.name, found.spec.height, found.spec.channel_order) == ("cbam18", 32, "BGR")
+    pixels = Rng.of(0, "faces", range(2)).integers(256, 3, 32, 32).byte()
+    assert torch.equal(found(pixels.flip(1)).embedding, net(pixels).embedding)
+
+
 def test_another_spec_may_be_given(tmp_path):
     torch.save(small().backbone.state_dict(), tmp_path / "x.pt")
     spec = InputSpec(64, 64, channel_order="BGR")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import faceless
 from distill.losses.attention import AttentionSimilarity
 from distill.losses.embedding import FeatureL2
 from distill.losses.logits import CrossEntropy, LogitKD
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.official
 
 ASKD = "utility/distill_loss.py"
 CLASSES, DIM = 30, 16
+KINDS = ("channel", "spatial")
 
 
 def test_attention_similarity_of_cbam_outputs(official, parity):
@@ -36,6 +38,50 @@ def test_attention_similarity_of_cbam_outputs(official, parity):
         lambda *maps: 5 * ours(Output(blank, features=dict(zip(shapes, maps))), Output(blank, features=high)),
         lambda *maps: theirs(maps, list(high.values())),
         *low.values(),
+    )
+
+
+def test_attention_of_their_network(official, parity):
+    """All 48 maps of the two CBAM-IResNets, as hooks find them there and as features are asked for here."""
+    build = official("gist-ailab/teaching-where-to-look", "model/backbone.py").CBAMResNet
+    watch = official("gist-ailab/teaching-where-to-look", "utility/hook.py").attention_manager
+    module = official("gist-ailab/teaching-where-to-look", ASKD)
+    theirs = module.DistillLoss(types.SimpleNamespace(distill_attn_param=5.0), "cpu")
+    nets, ours, seen = [build(50).double().eval() for _ in range(2)], [], []
+    for net in nets:
+        own = faceless.create("cbam50").double().eval()
+        own.backbone.load_state_dict(net.state_dict())
+        ours.append(own)
+        net.output_layer = nn.Identity()  # which fits 112 pixels only
+        own.backbone.output_layer = nn.Flatten()
+        seen.append(watch(net, False))
+    layers = [f"layer{i + 1}.{j}.{kind}_layer" for i in range(4) for j in range((3, 4, 14, 3)[i]) for kind in KINDS]
+    high, loss = torch.randn(2, 3, 32, 32), AttentionSimilarity(student_layers=layers, teacher_layers=layers)
+
+    def published(low: Tensor) -> Tensor:
+        for net, manager, x in zip(nets, seen, (low, high)):
+            manager.attention = []
+            net(x)
+        student, teacher = ([part for pair in manager.attention for part in pair] for manager in seen)
+        return theirs(student, [x.detach() for x in teacher])
+
+    def looked(net: faceless.Recognizer, x: Tensor) -> Output:
+        found: dict[str, Tensor] = {}
+        hooks = [
+            net.backbone.get_submodule(name).register_forward_hook(lambda _m, _i, y, key=name: found.update({key: y}))
+            for name in layers
+        ]
+        embedding = net.backbone(x)
+        for hook in hooks:
+            hook.remove()
+        return Output(embedding, features=found)
+
+    parity(
+        "A-SKD, all maps of CBAM-IResNet-50",
+        f"gist-ailab/teaching-where-to-look {ASKD}",
+        lambda low: 5 * loss(looked(ours[0], low), looked(ours[1], high)),
+        published,
+        torch.randn(2, 3, 32, 32),
     )
 
 
