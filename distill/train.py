@@ -132,6 +132,11 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     )
     run.source.prepare(place)
     check_labels(run, objective)
+    if names := mirrored(run, objective):
+        accelerator.print(
+            f"losses.{names[0]} compares the student's maps of mirrored faces with the teacher's of unmirrored ones: "
+            "set augment.flip to 0, or teacher_sees to view"
+        )
     for reason in reals(run, untrained):
         accelerator.print(f"\n  REAL FACES: {reason}; the record of this run says so.\n")
 
@@ -454,6 +459,13 @@ def check_labels(run: Run, objective: Objective) -> None:
             f"{wants} needs the mean teacher embedding of each identity: set teacher_cache, and a labelled source "
             "or pseudo_identities"
         )
+
+
+def mirrored(run: Run, objective: Objective) -> list[str]:
+    """Losses between feature maps whose left is the teacher's right."""
+    if run.teacher_sees == "view" or not run.augment.flip:
+        return []
+    return [name for name, loss in objective.terms() if loss.student_features and loss.teacher_features]
 
 
 def identify(run: Run, teacher: FrozenTeacher, objective: Objective, accelerator: Accelerator) -> None:

@@ -16,7 +16,7 @@ from distill.ensembles import Nobody, Snapshots
 from distill.settings import Run
 from distill.sources import Batch
 from distill.teachers import FrozenTeacher, StagedTeacher
-from distill.train import links, main
+from distill.train import links, main, make_objective, mirrored
 from faceless.errors import InputError, command
 from faceless.files import sha256
 from faceless.randomness import Rng
@@ -251,6 +251,17 @@ def test_only_the_student_sees_worse_faces_and_both_are_verified_on_such(tmp_pat
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match="blurry"):
         main(["--config", str(path), "--output", str(tmp_path / "never")])
+
+
+def test_maps_of_mirrored_faces_are_not_compared_in_silence(tmp_path: Path, teacher: Path) -> None:
+    layers = {"student_layer": "stages.1", "teacher_layer": "stages.1"}
+    hint = {"class_path": f"{LOSSES}.features.Hint", "init_args": layers}
+    path = recipe(tmp_path, teacher, losses={"cosine": {"loss": COSINE}, "hint": {"loss": hint}})
+    net = faceless.load(teacher)
+    for sees, flip, expected in (("face", 0.5, ["hint"]), ("face", 0.0, []), ("view", 0.5, [])):
+        given = ["--config", str(path), "--teacher_sees", sees, "--augment.flip", str(flip)]
+        run = links(parse(Run, given))[0].build()
+        assert mirrored(run, make_objective(run, net, net)) == expected
 
 
 def test_a_chain_cannot_ask_for_a_strangers_code(tmp_path: Path, teacher: Path) -> None:

@@ -14,7 +14,7 @@ from distill.losses.embedding import FeatureL2
 from distill.losses.logits import CrossEntropy, LogitKD
 from distill.losses.margin import ArcFace
 from distill.losses.mutual import DeepMutual
-from faceless.recognizer import Output
+from faceless.recognizer import Output, Recognizer
 
 pytestmark = pytest.mark.official
 
@@ -65,7 +65,7 @@ def test_attention_of_their_network(official, parity):
         student, teacher = ([part for pair in manager.attention for part in pair] for manager in seen)
         return theirs(student, [x.detach() for x in teacher])
 
-    def looked(net: faceless.Recognizer, x: Tensor) -> Output:
+    def looked(net: Recognizer, x: Tensor) -> Output:
         found: dict[str, Tensor] = {}
         hooks = [
             net.backbone.get_submodule(name).register_forward_hook(lambda _m, _i, y, key=name: found.update({key: y}))
