@@ -163,6 +163,7 @@ class DeepMutual(_PeerLoss):
         if classes < 2:
             raise ValueError(f"classes is {classes}; use 2 or more")
         self.classes: int = classes
+        self.embedding_dim = embedding_dim
         self.scale, self.temperature = positive(scale=scale), positive(temperature=temperature)
         self.weight = weight
         self.classifiers = nn.ModuleList(
@@ -173,9 +174,11 @@ class DeepMutual(_PeerLoss):
         assert labels is not None
         check_labels(labels, self.classes)
         everyone = self.everyone(student)
-        dim = self.classifiers[0].centers.shape[1]
-        if wrong := [out.embedding.shape[1] for out in everyone if out.embedding.shape[1] != dim]:
-            raise ValueError(f"embedding_dim is {dim}, and a network's embeddings have {wrong[0]} numbers")
+        dims = [out.embedding.shape[1] for out in everyone]
+        if wrong := set(dims) - {self.embedding_dim}:
+            raise ValueError(
+                f"embedding_dim is {self.embedding_dim}, and a network's embeddings have {min(wrong)} numbers"
+            )
         scores = [self.scale * net(out.embedding) for net, out in zip(self.classifiers, everyone)]
         total = torch.stack(
             [labeled_mean(F.cross_entropy(z, labels.clamp(min=0), reduction="none"), labels) for z in scores]
