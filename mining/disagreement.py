@@ -242,7 +242,8 @@ def disagreeing_pairs(
         near: the neighbors of each face in each space (`neighborhoods`): only these pairs are looked at.
         labels: ``[N]`` identities, -1 for unknown (whose pairs are left out).
     """
-    firsts, seconds, cut = [], [], np.zeros(len(student), bool)
+    accepted: list[Ids] = []  # pairs as one number each
+    cut = np.zeros(len(student), bool)
     for ids, cosines, threshold in (
         (near.student, near.student_cosines, student_threshold),
         (near.teacher, near.teacher_cosines, teacher_threshold),
@@ -250,9 +251,10 @@ def disagreeing_pairs(
         above = (cosines >= threshold.value) & (ids >= 0)
         cut |= above[:, -1] & (ids.shape[1] < len(ids) - 1)
         a, b = np.repeat(np.arange(len(ids)), above.sum(1)), ids[above]
-        firsts.append(np.minimum(a, b))
-        seconds.append(np.maximum(a, b))
-    codes = np.unique(np.concatenate(firsts) * len(student) + np.concatenate(seconds))
+        accepted.append(np.unique(np.minimum(a, b) * len(student) + np.maximum(a, b)))
+    # On what both accept they agree: most pairs need no further look.
+    by_student, by_teacher = accepted
+    codes = np.setxor1d(by_student, by_teacher, assume_unique=True)
     a, b = codes // len(student), codes % len(student)
     s, t = _cosines(student, a, b), _cosines(teacher, a, b)
     same = t >= teacher_threshold.value

@@ -33,7 +33,9 @@ class EmbeddingIndex:
             nearer).
         kind: ``flat`` is exact; ``ivf`` looks into the most promising of many lists (needs `train`); ``hnsw`` walks a
             graph, which is slow to build and the quickest to ask; ``auto`` is flat up to 100,000 rows, then ivf.
-        size: rows that are expected, for ``auto`` and for the number of lists (4 sqrt(size)).
+        size: rows that are expected, for ``auto`` and for the number of lists: 2 sqrt(size), half of what FAISS
+            advises, because here mostly the rows themselves are looked up. Finding lists then costs as much as reading
+            them, and twice as many take four times as long to find.
         links: neighbors of a node in an HNSW graph.
         gpu: search on the first CUDA device if FAISS was built for one (``faiss-gpu-cu12``) and it is there; flat and
             ivf only. Range searches stay on the CPU.
@@ -67,7 +69,7 @@ class EmbeddingIndex:
         if kind == "flat":
             self.index: Any = faiss.IndexFlat(dim, measure)
         elif kind == "ivf":
-            lists = max(1, min(round(4 * size**0.5), size // MIN_PER_LIST))
+            lists = max(1, min(round(2 * size**0.5), size // MIN_PER_LIST))
             self._quantizer = faiss.IndexFlat(dim, measure)  # the lists' index does not keep it alive
             self.index = faiss.IndexIVFFlat(self._quantizer, dim, lists, measure)
         elif kind == "hnsw":
@@ -99,12 +101,13 @@ class EmbeddingIndex:
         order = permutation(seed, "index sample", len(rows)).numpy() if index.kind != "flat" else None
         if index.kind == "ivf":
             assert order is not None
-            index.train(rows[np.sort(order[: 64 * index.index.nlist])])
+            index.train(rows[np.sort(order[: MIN_PER_LIST * index.index.nlist])])
         for first in range(0, len(rows), CHUNK):
             index.add(rows[first : first + CHUNK])
         if order is not None and len(rows):
             asked = np.sort(order[:256])
-            index.tune(rows[asked], recall, k, own=asked)
+            # Distances by way of products lose the last digits; cosines do not.
+            index.tune(rows[asked], recall, k, own=asked, among=rows if metric == "cosine" else None)
         return index
 
     @property
@@ -183,8 +186,21 @@ class EmbeddingIndex:
         Args:
             rows: ``[n, D]``, those numbered from ``first`` on.
         """
-        scores, ids = self.search(rows, min(k + 1, len(self)))
-        return _without(scores, ids, np.arange(first, first + len(rows)))
+        k = min(k, len(self) - 1)
+        scores, ids = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+        order: Ids = self._by_list() - first if len(rows) == len(self) else np.arange(len(rows))
+        for begin in range(0, len(rows), CHUNK):
+            part = order[begin : begin + CHUNK]
+            scores[part], ids[part] = _without(*self.search(rows[part], k + 1), part + first)
+        return scores, ids
+
+    def _by_list(self) -> Ids:
+        """``[N]`` row numbers, list by list: rows of a list look into the same lists, which so stay in the cache."""
+        if self.kind != "ivf":
+            return np.arange(len(self))
+        lists = self.index.invlists
+        sizes = [lists.list_size(number) for number in range(lists.nlist)]
+        return np.concatenate([faiss.rev_swig_ptr(lists.get_ids(n), size) for n, size in enumerate(sizes) if size])
 
     def within(self, rows: Floats, radius: float) -> tuple[Ids, Floats, Ids]:
         """All rows at least as similar as ``radius`` (cosine), or at most as far (l2), exact only in a flat index.
@@ -222,11 +238,14 @@ class EmbeddingIndex:
         keep = first < second
         return first[keep], second[keep], scores[keep]
 
-    def tune(self, rows: Floats, recall: float, k: int = 10, own: Ids | None = None) -> float:
+    def tune(
+        self, rows: Floats, recall: float, k: int = 10, own: Ids | None = None, among: Floats | None = None
+    ) -> float:
         """Raise the effort until ``recall`` of the true ``k`` nearest of ``rows [n, D]`` are found.
 
         Args:
             own: row numbers ``[n]`` of the queries, where they are in the index themselves and are not to count.
+            among: the rows of the index ``[N, D]``, if they are at hand: comparing with them all is quicker.
 
         Returns:
             The recall that is reached; a row as near as the k-th counts as found.
@@ -239,18 +258,27 @@ class EmbeddingIndex:
                 return self.search(rows, min(k, len(self)))
             return _without(*self.search(rows, min(k + 1, len(self))), own)
 
-        worst = exact_scores(self, rows, min(k + (own is not None), len(self)), own)[:, -1:]
+        worst = exact_scores(self, rows, min(k + (own is not None), len(self)), own, among)[:, -1:]
         slack = 1e-5  # scores of one pair differ in the last bits from one way of searching to another
         most = self.index.nlist if self.kind == "ivf" else len(self)
-        effort = 1 if self.kind == "ivf" else max(16, k)
-        while True:
+
+        def reached(effort: int) -> float:
             self.effort = effort
             scores, ids = found()
             near = scores >= worst - slack if self.metric == "cosine" else scores <= worst + slack
-            reached = float((near & (ids >= 0)).mean())
-            if reached >= recall or effort >= most:
-                return reached
-            effort *= 2
+            return float((near & (ids >= 0)).mean())
+
+        low, high = 0, 1 if self.kind == "ivf" else max(16, k)
+        while (best := reached(high)) < recall and high < most:
+            low, high = high, 2 * high
+        while low and high - low > max(1, high // 8):  # what lies between was too little and enough
+            middle = (low + high) // 2
+            if (value := reached(middle)) >= recall:
+                high, best = middle, value
+            else:
+                low = middle
+        self.effort = high
+        return best
 
     def save(self, path: str | Path) -> None:
         """Write the index, its effort included, to one file."""
@@ -313,10 +341,24 @@ class EmbeddingIndex:
         return self._on_gpu
 
 
-def exact_scores(index: EmbeddingIndex, rows: Floats, k: int, own: Ids | None = None) -> Floats:
-    """Scores ``[n, k]`` of the true nearest, whatever the kind of the index."""
+def exact_scores(
+    index: EmbeddingIndex, rows: Floats, k: int, own: Ids | None = None, among: Floats | None = None
+) -> Floats:
+    """Scores ``[n, k]`` of the true nearest, whatever the kind of the index.
+
+    Args:
+        among: the rows of the index, if they are at hand.
+    """
     ready = index._ready(rows)
-    if index.kind == "ivf":
+    if among is not None:
+        found, ids = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
+        for first in range(0, len(among), CHUNK):
+            part = index._ready(among[first : first + CHUNK])
+            more, where = faiss.knn(ready, part, min(k, len(part)), index.index.metric_type)
+            found, ids = np.concatenate((found, more), 1), np.concatenate((ids, where + first), 1)
+            best = np.argsort(-found if index.metric == "cosine" else found, axis=1, kind="stable")[:, :k]
+            found, ids = np.take_along_axis(found, best, 1), np.take_along_axis(ids, best, 1)
+    elif index.kind == "ivf":
         effort, index.effort = index.effort, index.index.nlist  # with every list visited the search is exhaustive
         found, ids = index.index.search(ready, k)
         index.effort = effort

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,9 @@ class Mining:
         gate: faces of the lowest such share by detector score or by length of the teacher's embedding are not mined:
             what two networks disagree on most is mostly broken images.
         center: take each network's mean over the corpus from its embeddings before they are compared.
-        far: false accept rate of the thresholds at which decisions about pairs are compared.
+        fars: false accept rates of the thresholds at which decisions about pairs are compared.
+        labels: whether the teacher is right about a pair only where the corpus's column ``identity`` agrees with it;
+            else the teacher is right by definition.
         cache: folder for embeddings.
         device: ``auto`` takes a GPU when there is one.
         seed: of the impostor pairs.
@@ -64,7 +66,8 @@ class Mining:
     neighbors: int = 20
     gate: float = 0.02
     center: bool = True
-    far: float = 1e-3
+    fars: list[float] = field(default_factory=lambda: [1e-3])
+    labels: bool = False
     cache: str = "mined/cache"
     device: str = "auto"
     seed: int = 0
@@ -72,8 +75,10 @@ class Mining:
     def __post_init__(self) -> None:
         if self.keep < 1 or self.neighbors < 1:
             raise InputError("keep and neighbors must be at least 1")
-        if not 0 <= self.gate < 0.5 or not 0 < self.far < 1:
-            raise InputError("gate lies from 0 to below 0.5, far between 0 and 1")
+        if not 0 <= self.gate < 0.5:
+            raise InputError(f"gate is {self.gate}; it must be from 0 to below 0.5")
+        if not self.fars or not all(0 < far < 1 for far in self.fars):
+            raise InputError("fars needs rates between 0 and 1")
 
 
 def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
@@ -94,18 +99,31 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     passed = gated(faces, raw["t"], settings.gate)
     rows = np.flatnonzero(passed)
     rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
-    thresholds = {
-        name: impostor_threshold(x, settings.far, seed=settings.seed) for name, x in (("student", S), ("teacher", T))
-    }
-    pairs = disagreeing_pairs(S, T, thresholds["student"], thresholds["teacher"], near)
+    if settings.labels and "identity" not in faces.columns:
+        raise InputError(f"{settings.corpus}: has no column identity; set labels to false")
+    labels = faces.column("identity").astype(np.int64) if settings.labels else None
+    decisions = {far: decide(S, T, far, near, labels, settings.seed) for far in settings.fars}
 
-    write_rows(output / "mined.parquet", faces, rows, scores, settings.rank_by)
-    write_pairs(output / "pairs.parquet", pairs)
-    summary = summarize(settings, faces, scores, passed, pairs, thresholds)
+    judges = {
+        f"{role}{suffix}": value
+        for role, key, source in (("teacher", "t", settings.teacher), ("student", "s", settings.student))
+        for suffix, value in (("", source), ("_sha256", networks[key].source["sha256"]))
+    }
+    write_rows(output / "mined.parquet", faces, rows, scores, settings.rank_by, judges)
+    write_pairs(output / "pairs.parquet", {far: pairs for far, (pairs, _) in decisions.items()})
+    summary = summarize(settings, faces, scores, passed, decisions)
     summary |= {"teacher_sha256": digest(networks["t"]), "student_sha256": digest(networks["s"])}
     draw(output, faces, rows, scores, settings.rank_by, near, T, S)
     atomic_write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def decide(
+    S: Floats, T: Floats, far: float, near: Neighborhoods, labels: np.ndarray | None, seed: int
+) -> tuple[Pairs, dict[str, Threshold]]:
+    """The pairs that student and teacher decide differently at one false accept rate, and both thresholds."""
+    found = {name: impostor_threshold(x, far, labels=labels, seed=seed) for name, x in (("student", S), ("teacher", T))}
+    return disagreeing_pairs(S, T, found["student"], found["teacher"], near, labels=labels), found
 
 
 def gated(faces: Faces, raw: Floats, share: float) -> np.ndarray:
@@ -117,8 +135,15 @@ def gated(faces: Faces, raw: Floats, share: float) -> np.ndarray:
     return passed
 
 
-def write_rows(path: Path, faces: Faces, rows: np.ndarray, scores: dict[str, Floats], by: str) -> None:
-    """``mined.parquet``: row, score (what it is ranked by), every score, and the latent where the corpus has it."""
+def write_rows(
+    path: Path, faces: Faces, rows: np.ndarray, scores: dict[str, Floats], by: str, judges: dict[str, str]
+) -> None:
+    """``mined.parquet``: row, score (what it is ranked by), every score, and the latent where the corpus has it.
+
+    Args:
+        judges: teacher and student, and the SHA-256 of both: what is drawn near these faces is drawn for that student,
+            and `synth/generate.py` records it.
+    """
     columns: dict[str, pa.Array] = {
         "row": pa.array(rows, pa.int64()),
         "score": pa.array(scores[by][rows], pa.float32()),
@@ -127,15 +152,20 @@ def write_rows(path: Path, faces: Faces, rows: np.ndarray, scores: dict[str, Flo
     if "latent" in faces.columns:
         latents = faces.column("latent")[rows].astype(np.float32)
         columns["latent"] = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), latents.shape[1])
+    table = pa.table(columns).replace_schema_metadata({"judges": json.dumps(judges)})
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(table, file)
 
 
-def write_pairs(path: Path, pairs: Pairs, most: int = 100_000) -> None:
-    """``pairs.parquet``: the worst decisions about pairs."""
-    columns = {name: getattr(pairs, name)[:most] for name in ("first", "second", "teacher", "student", "missed")}
+def write_pairs(path: Path, found: dict[float, Pairs], most: int = 100_000) -> None:
+    """``pairs.parquet``: the worst decisions about pairs at each false accept rate."""
+    names = ("first", "second", "teacher", "student", "missed", "severity")
+    tables = []
+    for far, pairs in found.items():
+        columns = {name: getattr(pairs, name)[:most] for name in names}
+        tables.append(pa.table({"far": np.full(len(columns["first"]), far)} | columns))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        pq.write_table(pa.table(columns | {"severity": pairs.severity[:most]}), file)
+        pq.write_table(pa.concat_tables(tables), file)
 
 
 def summarize(
@@ -143,8 +173,7 @@ def summarize(
     faces: Faces,
     scores: dict[str, Floats],
     passed: np.ndarray,
-    pairs: Pairs,
-    thresholds: dict[str, Threshold],
+    decisions: dict[float, tuple[Pairs, dict[str, Threshold]]],
 ) -> dict[str, Any]:
     quantiles = {
         name: {f"{q:g}": float(np.quantile(values, q)) for q in (0.05, 0.5, 0.95, 0.99)}
@@ -157,10 +186,13 @@ def summarize(
         "mean": {name: float(values.mean()) for name, values in scores.items()},
         "quantiles": quantiles,
         "pairs": {
-            "missed": int(pairs.missed.sum()),
-            "confused": int((~pairs.missed).sum()),
-            "faces_cut_at_k": pairs.cut,
-            "thresholds": {name: asdict(threshold) for name, threshold in thresholds.items()},
+            f"{far:g}": {
+                "missed": int(pairs.missed.sum()),
+                "confused": int((~pairs.missed).sum()),
+                "faces_cut_at_k": pairs.cut,
+                "thresholds": {name: asdict(threshold) for name, threshold in thresholds.items()},
+            }
+            for far, (pairs, thresholds) in decisions.items()
         },
     }
 
@@ -197,8 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = settings.build()
     summary = mine(made)
     means = ", ".join(f"{name} {value:.3f}" for name, value in summary["mean"].items())
-    found = summary["pairs"]
-    print(f"{made.output}: mean disagreement {means}; pairs missed {found['missed']}, confused {found['confused']}")
+    pairs = "; ".join(
+        f"at FAR {far} pairs missed {found['missed']}, confused {found['confused']}"
+        for far, found in summary["pairs"].items()
+    )
+    print(f"{made.output}: mean disagreement {means}; {pairs}")
 
 
 if __name__ == "__main__":

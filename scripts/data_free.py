@@ -41,6 +41,7 @@ from synth.generate import generate, read_settings
 
 CORPORA = ("noise", "deep_inversion", "dcgan")
 ONLINE = ("dafl", "fast")
+SMALL = '{"stem": "space2depth", "widths": [32, 64, 128], "depths": [2, 2, 2], "head": "flat"}'
 NAMES = {
     "noise": "noise",
     "deep_inversion": "DeepInversion",
@@ -57,17 +58,20 @@ def options() -> argparse.ArgumentParser:
         "--teacher", default="runs/bn_teacher/student", help="made by --teacher-recipe if it is missing"
     )
     parser.add_argument("--teacher-recipe", default="distill/recipes/bn_teacher.yaml")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=700, help="of 128 faces, if it is made here")
+    parser.add_argument("--side", type=int, default=48, help="of what the students see, and a teacher made here")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="students that are trained at the same time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--faces", type=int, default=1024, help="of DeepInversion")
-    parser.add_argument("--inversion-steps", type=int, default=200, help="half of them at half the side")
+    parser.add_argument("--inversion-steps", type=int, default=160, help="half of them at half the side")
     parser.add_argument("--cheap-faces", type=int, default=20_000, help="of noise, and of the DCGAN")
     parser.add_argument("--timed-rounds", type=int, default=4, help="rounds and batches of faces that are timed")
     parser.add_argument("--benchmark", default="att-faces")
     parser.add_argument("--people", default="21-40")
-    parser.add_argument("--student", default="{}", help="JSON: further options of the student")
+    parser.add_argument("--student", default=SMALL, help="JSON: options of the student")
     return parser
 
 
@@ -109,9 +113,16 @@ def make_teacher(given: argparse.Namespace) -> None:
         return
     output = str(Path(given.teacher).parent)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(ROOT / "distill" / "train.py")]
-    arguments = ["--config", given.teacher_recipe, "--output", output, "--device", given.device]
-    if subprocess.run([*launch, *arguments], check=False).returncode:
+    if subprocess.run([*launch, *teacher_settings(given, output)], check=False).returncode:
         raise InputError(f"{output}: the teacher could not be trained; see above")
+
+
+def teacher_settings(given: argparse.Namespace, output: str) -> list[str]:
+    """The arguments that make the teacher."""
+    changes = {"output": output, "device": given.device, "steps": given.teacher_steps}
+    changes |= {"student.input_size": given.side, "augment.size": given.side}
+    flags = (text for key, value in changes.items() for text in (f"--{key}", str(value)))
+    return ["--config", given.teacher_recipe, *flags]
 
 
 def grid(given: argparse.Namespace) -> ablate.Grid:
@@ -126,7 +137,9 @@ def grid(given: argparse.Namespace) -> ablate.Grid:
         faces[kind] = {"source": source}
     common = {
         "teacher": given.teacher,
+        "student.input_size": given.side,
         "student.options": json.loads(given.student),
+        "augment.size": given.side,
         "optimizer": {"name": "muon", "lr": 0.02, "momentum": 0.95, "warmup": 50},
         "steps": given.steps,
         "batch_size": given.batch_size,
@@ -142,6 +155,7 @@ def grid(given: argparse.Namespace) -> ablate.Grid:
         seeds=list(range(given.seeds)),
         output=given.output,
         people=given.people,
+        jobs=given.jobs,
     )
 
 
@@ -243,10 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ablate.write(made, (kind,), 0)
     for kind in CORPORA:
         write_corpus(given, kind)
-    cells = [(cell, seed) for seed in made.seeds for cell in ablate.cells(made)]
-    failed = [cell for cell, seed in cells if not ablate.train(made, cell, seed)]
+    failed = ablate.train_all(made, [(cell, seed) for seed in made.seeds for cell in ablate.cells(made)])
     if failed:
-        raise InputError(f"{len(failed)} runs failed ({failed[0][0]}): give the same command again once that is mended")
+        kind = failed[0][0][0]
+        raise InputError(f"{len(failed)} runs failed ({kind}): give the same command again once that is mended")
     for kind in NAMES:
         sheet(ablate.folder(made, (kind,), 0), Path(given.output, "sheets", f"{kind}.png"))
     text = table(given, made)

@@ -36,6 +36,13 @@ def datasheet(manifest: dict[str, Any]) -> str:
             f"- Latents were drawn near given ones (file of {settings['around']}), `around_scale` "
             f"{settings.get('around_scale', 0.5):g}; `parent` is the row there.\n"
         )
+    if "mined_by" in manifest:
+        more += f"- Those were mined where {pair(manifest['mined_by'])} disagree.\n"
+    if "student" in generator:
+        more += (
+            f"- The faces were made against the student {generator['student']} (SHA-256 "
+            f"{generator['student_sha256'] or 'unknown'}), which another student should know.\n"
+        )
     if settings.get("teacher"):
         more += (
             f"- `embedding` is what the recognizer {settings['teacher']} (SHA-256 {settings['teacher_sha256']}) makes "
@@ -85,6 +92,12 @@ photographs of consenting people for that.
 ## Maintenance
 Written by faceless with {versions}. The same settings, versions and kind of processor give the same bytes.
 """
+
+
+def pair(judges: dict[str, Any]) -> str:
+    """Teacher and student, by name and SHA-256."""
+    named = [f"the {role} {judges[role]} (SHA-256 {judges[f'{role}_sha256']})" for role in ("student", "teacher")]
+    return " and ".join(named)
 
 
 def whom(generator: dict[str, Any]) -> str:

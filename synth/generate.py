@@ -32,6 +32,7 @@ from faceless.settings import Settings, parse
 from synth.blocks import Blocks, Pool, columns, teacher
 from synth.corpus import FORMAT, VERSION, Corpus, CorpusWriter, damaged_shards, read_manifest, write_manifest
 from synth.datasheet import contact_sheet, datasheet
+from synth.near import judges
 from synth.settings import Generation
 
 # What no byte of the corpus depends on.
@@ -249,6 +250,8 @@ def write_manifest_and_sheets(
         "assets": used,
         "versions": versions(made),
     }
+    if made.around is not None and (mined_by := judges(made.around)):
+        manifest["mined_by"] = mined_by
     write_sheets(folder, manifest)
     write_manifest(folder, manifest)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +53,27 @@ def near(made: Generation, folder: Path) -> Near | None:
     return Near(np.load(folder / LATENTS, mmap_mode="r"), np.load(shares, mmap_mode="r") if shares.is_file() else None)
 
 
+def judges(path: str | Path) -> dict[str, Any]:
+    """Whose disagreement the latents of a file were mined by, as ``mining/mine.py`` notes in it; empty in other files.
+
+    Raises:
+        InputError: the note is damaged.
+    """
+    note = (pq.read_schema(path).metadata or {}).get(b"judges")
+    if note is None:
+        return {}
+    try:
+        found = json.loads(note)
+        whole = {f"{role}{suffix}" for role in ("teacher", "student") for suffix in ("", "_sha256")}
+        if set(found) != whole or not all(isinstance(value, str) and len(value) < 4096 for value in found.values()):
+            raise ValueError
+        if not all(re.fullmatch("[0-9a-f]{64}", found[f"{role}_sha256"]) for role in ("teacher", "student")):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: its note about teacher and student is damaged; mine it again") from error
+    return dict(found)
+
+
 def unpack(made: Generation, folder: Path) -> None:
     """Copy the latents of ``made.around`` to a folder, row by row, as plain numbers.
 
@@ -64,6 +88,7 @@ def unpack(made: Generation, folder: Path) -> None:
         names, count = file.schema_arrow.names, file.metadata.num_rows
         if "latent" not in names or not count:
             raise InputError(f"{path}: no latents to draw near; its columns are {', '.join(names)}, its rows {count}")
+        judges(path)  # a damaged note shows now, and not when the corpus is finished
         scores: list[np.ndarray] = []
         with atomic_path(folder / LATENTS) as target:
             out = np.lib.format.open_memmap(target, "w+", np.float32, (count, size))

@@ -168,7 +168,7 @@ class StyleGAN(Generator):
     def synthesize(self, latents: Tensor) -> Tensor:
         noise: Any = self._noise_fields(latents[:, -1]) if self.noise == "random" else self.noise
         images = self.network.synthesis(self.styles(latents), noise)
-        return self._cropped((images * 127.5 + 127.5).clamp(0, 255))
+        return self.cropped((images * 127.5 + 127.5).clamp(0, 255))
 
     @torch.no_grad()
     def _noise_fields(self, numbers: Tensor) -> list[Tensor]:
@@ -178,7 +178,8 @@ class StyleGAN(Generator):
         sides = self.network.synthesis.noise_sizes
         return [Rng.of(0, f"stylegan noise {i}", indices).normal(1, side, side) for i, side in enumerate(sides)]
 
-    def _cropped(self, images: Tensor) -> Tensor:
+    def cropped(self, images: Tensor) -> Tensor:
+        """Whole faces ``[B, 3, H, W]`` cut to the box of ``crop``."""
         if self.crop is None:
             return images
         if self.crop == "synthdistill":

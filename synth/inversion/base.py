@@ -40,12 +40,19 @@ class Inverter(FaceMaker):
 
     @property
     def teacher_name(self) -> str:
-        return str(self.teacher.source.get("source") or self.teacher.name or type(self.teacher.backbone).__name__)
+        return named(self.teacher)
+
+    def against(self) -> Recognizer | None:
+        """The student that the faces are made against, where there is one."""
+        return None
 
     def provenance(self) -> dict[str, Any]:
-        """The faces come from the teacher's weights, so those are the generator's weights."""
-        found = self.teacher.source
-        return super().provenance() | {"teacher": self.teacher_name, "weights_sha256": found.get("sha256")}
+        """The faces come from the teacher's weights, so those are the generator's weights; and from the student's."""
+        found, student = super().provenance(), self.against()
+        found |= {"teacher": self.teacher_name, "weights_sha256": self.teacher.source.get("sha256")}
+        if student is not None:
+            found |= {"student": named(student), "student_sha256": student.source.get("sha256")}
+        return found
 
 
 class Synthesizer(nn.Module, ABC):
@@ -89,6 +96,11 @@ class Synthesizer(nn.Module, ABC):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave, after `begin`."""
+
+
+def named(network: Recognizer) -> str:
+    """Where a recognizer came from, or else what it is."""
+    return str(network.source.get("source") or network.name or type(network.backbone).__name__)
 
 
 def frozen(network: str | Recognizer) -> Recognizer:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from faceless.errors import InputError
+from faceless.files import sha256
 from faceless.randomness import Rng
 from faceless.recognizer import Output, Recognizer
 from synth.inversion.base import Inverter, check_comparable, frozen, to_pixels
@@ -73,6 +75,7 @@ class DeepInversion(Inverter):
         recorded: str | None = None,
     ):
         super().__init__(teacher, face_size)
+        self.recorded = recorded
         self.layers = layers(self.teacher, self.teacher_name, recorded) if statistics or recorded else []
         self.targets = targets or (Sphere() if head(self.teacher) is None else Moments())
         self.targets.check(self.teacher, self.teacher_name)
@@ -100,6 +103,13 @@ class DeepInversion(Inverter):
         """Seek faces on which this student and the teacher differ, with that weight; it may learn meanwhile."""
         check_comparable(student, self.teacher)
         self.student, self.adaptive = (student,), adaptive
+
+    def against(self) -> Recognizer | None:
+        return self.student[0] if self.student else None
+
+    def provenance(self) -> dict[str, Any]:
+        found = super().provenance()
+        return found if self.recorded is None else found | {"statistics_sha256": sha256(self.recorded)}
 
     @torch.inference_mode(False)
     @torch.enable_grad()

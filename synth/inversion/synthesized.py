@@ -45,6 +45,9 @@ class Synthesized(Inverter):
         self.student = None if student is None else frozen(student)
         self.begin(0)  # what the method lacks shows now and not in a worker
 
+    def against(self) -> Recognizer | None:
+        return self.student
+
     def begin(self, seed: int) -> Synthesizer:
         method = copy.deepcopy(self.synthesizer)
         method.seed += seed

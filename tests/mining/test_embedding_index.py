@@ -86,6 +86,22 @@ def test_a_row_is_not_its_own_neighbor_and_equal_rows_come_by_number() -> None:
     assert few[0, 1] == -np.inf
 
 
+def test_neighbors_of_all_rows_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are looked up list by list, in chunks; what comes back is in the order of the rows."""
+    monkeypatch.setattr("mining.embedding_index.CHUNK", 300)
+    rows = clustered(1500)
+    index = EmbeddingIndex.of(rows, kind="ivf", recall=0.9)
+    order = index._by_list()
+    assert sorted(order.tolist()) == list(range(1500)) and (np.diff(order) < 0).any()
+    lists = index.index.quantizer.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), 1)[1][order, 0]
+    assert np.count_nonzero(np.diff(lists)) < index.index.nlist, "rows of a list are together"
+    scores, ids = index.neighbors(rows, 5)
+    for first in (0, 700, 1499):
+        one = index.neighbors(rows[first : first + 1], 5, first)
+        assert np.array_equal(ids[first], one[1][0]) and np.allclose(scores[first], one[0][0], atol=1e-6)
+    assert not (ids == np.arange(1500)[:, None]).any()
+
+
 def test_batches_make_the_same_index_as_one_call() -> None:
     rows = clustered(500)
     whole, parts = EmbeddingIndex(16, kind="hnsw"), EmbeddingIndex(16, kind="hnsw")
@@ -127,13 +143,17 @@ def test_tuning_reaches_the_recall_that_it_reports() -> None:
     reported = index.tune(queries, 0.97)
     assert before < 0.9 < 0.97 <= reported
     assert abs(recall() - reported) < 0.005
+    effort = index.effort
+    assert index.tune(queries, 0.97, among=rows) == reported and index.effort == effort
+    index.effort = effort - max(1, effort // 8) - 1
+    assert recall() < 0.97, "an effort much smaller would not do"
 
 
 def test_size_chooses_the_kind() -> None:
     assert EmbeddingIndex(4, size=100_000).kind == "flat"
     big = EmbeddingIndex(4, size=1_000_000)
     assert big.kind == "ivf"
-    assert big.index.nlist == 4000
+    assert big.index.nlist == 2000
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:

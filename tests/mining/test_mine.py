@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 
 import faceless
 from faceless.errors import InputError
+from mining.disagreement import impostor_threshold
 from mining.faces import Faces, embeddings, unit
 from mining.mine import main
+from synth.near import judges
 from tests.mining.tiny_corpus import network, pictures, write
 
 
@@ -59,7 +63,8 @@ def test_the_hardest_faces_are_written_with_their_latents(corpus: Path, tmp_path
     teacher, student = (network(tmp_path / name, seed) for seed, name in enumerate(("teacher", "student")))
     out = tmp_path / "out"
     given = ["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--output", str(out)]
-    main([*given, "--keep", "10", "--gate", "0.1", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    given += ["--fars", "[0.01, 0.1]", "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    main([*given, "--keep", "10", "--gate", "0.1"])
     table = pq.read_table(out / "mined.parquet")
     images = Faces(corpus).images(range(60))
     raw = [faceless.load(net).eval()(images).embedding.detach() for net in (teacher, student)]
@@ -73,13 +78,36 @@ def test_the_hardest_faces_are_written_with_their_latents(corpus: Path, tmp_path
     latents = np.array(table["latent"].to_pylist())
     np.testing.assert_array_equal(latents, Faces(corpus).column("latent")[hardest])
     assert str(table.schema.field("latent").type) == "fixed_size_list<element: float>[5]"
+    assert judges(out / "mined.parquet") == {
+        "teacher": teacher, "teacher_sha256": faceless.load(teacher).source["sha256"],
+        "student": student, "student_sha256": faceless.load(student).source["sha256"],
+    }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["faces"] == 60
     assert summary["mean"]["pointwise"] == pytest.approx(float(disagreement.mean()), abs=1e-5)
     pairs = pq.read_table(out / "pairs.parquet")
-    assert pairs.num_rows == summary["pairs"]["missed"] + summary["pairs"]["confused"]
+    assert list(summary["pairs"]) == ["0.01", "0.1"]
+    for far, found in summary["pairs"].items():
+        rows = pairs.filter(pc.equal(pairs["far"], float(far)))
+        assert rows.num_rows == found["missed"] + found["confused"]
+        # A pair that student and teacher agree on at one rate may be decided differently at another.
+        expected = asdict(impostor_threshold(T.numpy(), float(far)))
+        assert found["thresholds"]["teacher"] == pytest.approx(expected, abs=1e-5)
     assert (out / "hardest.png").read_bytes().startswith(b"\x89PNG")
     assert "disagreement" in (out / "disagreement.svg").read_text()
+
+
+def test_with_labels_only_pairs_that_the_teacher_decides_rightly_count(tmp_path: Path) -> None:
+    labels = (np.arange(60) % 20).astype(np.int64)
+    faces = write(tmp_path / "corpus", pictures(labels), identity=labels)
+    teacher, student = (network(tmp_path / name, seed) for seed, name in enumerate(("teacher", "student")))
+    given = ["--corpus", str(faces), "--teacher", teacher, "--student", student, "--cache", str(tmp_path / "cache")]
+    main([*given, "--fars", "[0.2]", "--neighbors", "59", "--labels", "true", "--output", str(tmp_path / "out")])
+    pairs = pq.read_table(tmp_path / "out" / "pairs.parquet")
+    same = labels[pairs["first"].to_numpy()] == labels[pairs["second"].to_numpy()]
+    assert len(same) and np.array_equal(same, pairs["missed"].to_numpy())
+    with pytest.raises(InputError, match="fars needs rates"):
+        main([*given, "--fars", "[1.0]"])
 
 
 def test_what_cannot_be_mined_is_said_in_one_line(corpus: Path, tmp_path: Path) -> None:

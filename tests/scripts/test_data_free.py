@@ -28,6 +28,7 @@ def arguments(tmp_path: Path, **more: object) -> list[str]:
         "inversion-steps": 4,
         "cheap-faces": 16,
         "timed-rounds": 1,
+        "jobs": 1,
         "student": json.dumps({"widths": [8], "depths": [1]}),
     } | more
     return [text for key, value in given.items() for text in (f"--{key}", str(value))]
@@ -49,6 +50,12 @@ def test_cells_differ_in_their_faces_alone(tmp_path: Path) -> None:
     for settings in plain:
         assert {key for key in settings if settings[key] != plain[0][key]} <= {"source", "output"}
     assert plain[0]["steps"] == 4 and plain[0]["validation"]["faces"] == 0
+    assert plain[0]["student"]["input_size"] == plain[0]["augment"]["size"] == given.side
+    made_here = parse(Run, data_free.teacher_settings(given, str(tmp_path / "made"))).asdict()
+    assert made_here["student"] | {"options": {}} == {
+        "name": "iresnet18", "embedding_dim": None, "input_size": given.side, "options": {}, "start": None,
+    }  # fmt: skip
+    assert made_here["augment"]["size"] == given.side and made_here["steps"] == given.teacher_steps
     teacher(tmp_path)
     for kind in data_free.NAMES:
         source = data_free.run_of(made, kind).source

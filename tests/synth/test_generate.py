@@ -24,6 +24,7 @@ from faceless.randomness import Rng
 from synth.corpus import Corpus
 from synth.generate import complete, generate, read_settings
 from synth.generators.dcgan import DCGAN
+from synth.near import judges
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -224,6 +225,20 @@ class TestAround:
         other = self.mined(tmp_path / "other.parquet", latents)
         with pytest.raises(InputError, match="around"):
             generate(settings(tmp_path / "near", count=400, around=other, around_scale=0.1))
+
+    def test_whose_disagreement_was_mined_is_on_record(self, tmp_path):
+        latents = np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32)
+        path = self.mined(tmp_path / "mined.parquet", latents)
+        note = {"teacher": "t", "teacher_sha256": "a" * 64, "student": "s", "student_sha256": "b" * 64}
+        table = pq.read_table(path)
+        pq.write_table(table.replace_schema_metadata({"judges": json.dumps(note)}), path)
+        corpus = generate(settings(tmp_path / "near", count=64, around=path), progress=False)
+        assert corpus.manifest["mined_by"] == note
+        assert "the student s (SHA-256 " + "b" * 64 in (tmp_path / "near/DATASHEET.md").read_text()
+        for damaged in (json.dumps(note | {"student_sha256": "../.."}), "[" * 100_000, '{"teacher": 1}', "x"):
+            pq.write_table(table.replace_schema_metadata({"judges": damaged}), path)
+            with pytest.raises(InputError, match="note about teacher and student is damaged"):
+                judges(path)
 
     def test_without_scores_each_in_turn_and_at_scale_0_the_same(self, tmp_path):
         latents = np.random.default_rng(0).normal(size=(7, 100)).astype(np.float16)

@@ -1,5 +1,6 @@
 """Faces from a teacher alone: statistics, targets and priors against closed forms; inversion that does what it says."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from faceless.errors import InputError
 from faceless.randomness import Rng
 from faceless.recognizer import InputSpec, Output, Recognizer
 from synth.generate import generate, read_settings
+from synth.generators.adversarial import GeneratorTraining
 from synth.inversion.activation import ActivationMaximization
 from synth.inversion.deep_inversion import DeepInversion, agreement
 from synth.inversion.priors import NoiseImages, energy, repulsion, total_variation
 from synth.inversion.statistics import BatchStatistics, batch_norms, layers, measure
+from synth.inversion.synthesized import Synthesized
 from synth.inversion.targets import Classes, Moments, Sphere, VonMisesFisher, center, von_mises_fisher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,6 +357,28 @@ def test_corpus_of_inverted_faces(tmp_path, saved, teacher):
     expected = DeepInversion(teacher=teacher, schedule=[(2, 3), (1, 3)]).invert(8, Rng.of(0, "latents", range(8, 16)))
     assert (corpus.images(range(8, 16)) - expected).abs().max() <= 2  # threads and stored weights; uint8 rounding
     assert "weights SHA-256 " + made["weights_sha256"] in (tmp_path / "one/DATASHEET.md").read_text()
+
+
+def test_a_corpus_names_the_student_it_was_made_against(tmp_path, saved):
+    """By its SHA-256: another student under the same path makes another corpus."""
+    student = tmp_path / "student"
+    faceless.save(faceless.create("slimresnet", **TINY, framing="dlib", seed=5), student)
+    more = ["--generator.init_args.adaptive", "0.2", "--generator.init_args.student", str(student), "--count", "8"]
+    made = generate(corpus_settings(tmp_path / "one", saved, *more), progress=False).manifest["generator"]
+    assert made["student"] == str(student) and made["student_sha256"] == faceless.load(student).source["sha256"]
+    assert made["student_sha256"] in (tmp_path / "one/DATASHEET.md").read_text()
+    faceless.save(faceless.create("slimresnet", **TINY, framing="dlib", seed=6), student)
+    with pytest.raises(InputError, match="other generator weights"):
+        generate(corpus_settings(tmp_path / "one", saved, *more), progress=False)
+
+
+def test_what_faces_come_from_is_on_record(tmp_path, saved, teacher):
+    measure(teacher, [soft(8)], ["stem.0"], tmp_path / "statistics.safetensors")
+    made = DeepInversion(teacher=str(saved), recorded=str(tmp_path / "statistics.safetensors"), schedule=[(1, 1)])
+    digest = hashlib.sha256((tmp_path / "statistics.safetensors").read_bytes()).hexdigest()
+    assert made.provenance()["statistics_sha256"] == digest and "student" not in made.provenance()
+    against = Synthesized(teacher=teacher, synthesizer=GeneratorTraining(adversarial=1.0), student=str(saved))
+    assert against.provenance()["student_sha256"] == faceless.load(saved).source["sha256"]
 
 
 def test_interrupted_corpus_ends_with_the_same_bytes(tmp_path, saved):
