@@ -38,7 +38,7 @@ ONCE = ((0, 0.0),)
 THOROUGH = ((1, 0.0), (2, 0.0), (1, -0.3), (2, -0.3), (1, -0.6), (2, -0.6), (1, -1.0))
 
 # Pixels of the 112 x 112 crop.
-_ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
 # Parts of the unit square that dlib's chip is grown around, by `padding` on each side.
 _DLIB5 = (
@@ -80,7 +80,7 @@ def template(framing: str, scheme: str, size: int, padding: float = 0.25) -> Ten
     For ``dlib`` framing and five ArcFace points, the template is those points of dlib's mean face.
     """
     if framing == "arcface" and scheme == "arcface5":
-        return (torch.tensor(_ARCFACE) + 0.5) * (size / 112) - 0.5
+        return (torch.tensor(ARCFACE) + 0.5) * (size / 112) - 0.5
     if framing == "dlib":
         mean_face = torch.full((68, 2), math.nan)
         mean_face[17:] = torch.tensor(_DLIB68)

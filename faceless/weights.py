@@ -23,20 +23,29 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from faceless import __version__, archives, assets, onnx_files
+from faceless import __version__, archives, assets, keras_files, onnx_files
 from faceless.backbones import ARCHITECTURES
 from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
-from faceless.backbones.transformers_backbone import PROCESSOR, TransformersBackbone, read_folder, read_weights
+from faceless.backbones.transformers_backbone import (
+    PROCESSOR,
+    TransformersBackbone,
+    read_folder,
+    read_json,
+    read_weights,
+)
+from faceless.backbones.vit import VITS
 from faceless.errors import InputError, suggest
 from faceless.files import atomic_write, sha256
 from faceless.onnx_graph import UnconvertibleError
 from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
 PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
-SUPPORTED = ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .dat (dlib)"
+SUPPORTED = (
+    ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .h5 (Keras), .dat (dlib)"
+)
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError)
 MAX_BYTES = 4 << 30
@@ -118,10 +127,11 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
     Args:
         source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of a network we know, see
             docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's ``.ckpt``; ``.safetensors`` of ours;
-            ``.onnx``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+            ``.onnx``; GhostFaceNet's ``.h5``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
         runtime: leave an ``.onnx`` file to onnxruntime, without gradients, even where it could become a network here.
-        options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``).
+        options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``);
+            ``architecture`` is its name here, where they do not tell that either (``"timm"``, with timm's ``model``).
 
     Returns:
         The recognizer; ``.source`` tells the source and the SHA-256 of the weights, and for ``.onnx`` the ``engine``:
@@ -156,7 +166,8 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
         )
     for key, value in options.items():
         # A file that describes itself, or one of another kind, takes none.
-        if key not in recognizer.options or recognizer.options[key] != value:
+        found = recognizer.name if key == "architecture" else recognizer.options.get(key)
+        if found is None or found != value:
             raise InputError(f"{text}: takes no option {key!r}")
     # An ONNX file may have more files beside it, and has the SHA-256 of them all.
     recognizer.source = {"sha256": sha256(file)} | recognizer.source | {"source": text}
@@ -179,6 +190,9 @@ def _load_file(path: Path, options: Mapping[str, Any], runtime: bool) -> Recogni
         return _load_safetensors(path, options)
     if path.suffix == ".onnx":
         return _load_onnx(path, options, runtime)
+    if path.suffix == ".h5":
+        name, known, state = keras_files.ghostfacenet(path, options)
+        return _assemble(name, known.pop("embedding_dim"), known.pop("input_size"), known, state, path)
     if path.suffix in (".pth", ".pt", ".pt2", ".ckpt"):
         for kind, is_kind, read in PROGRAMS:
             if is_kind(path):
@@ -206,7 +220,11 @@ def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
     # Where the weights describe themselves, that counts.
     known = None if "faceless" in _metadata(file) else read_folder(folder)
     if known is None:
-        return _load_safetensors(file), file
+        recognizer = _load_safetensors(file)
+        settings = read_json(folder / CONFIG).get("conf")  # CVLface's
+        if isinstance(settings, dict) and settings.get("color_space") == "BGR" and "faceless" not in _metadata(file):
+            recognizer.spec = replace(recognizer.spec, channel_order="BGR")
+        return recognizer, file
     options, spec = known
     head = next((value for key, value in _tensors(file).items() if key.endswith("classifier.weight")), None)
     if head is None:
@@ -391,13 +409,21 @@ def _stripped(state: State) -> Iterator[State]:
     while True:
         state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIERS)}
         yield state
-        common = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
-        if common is None:
+        shorter = _unwrapped(state)
+        if shorter is None:
             return
-        state = {key[len(common) :]: value for key, value in state.items()}
+        state = shorter
+
+
+def _unwrapped(state: State) -> State | None:
+    """The state dict without the prefix that all its keys share; None if they share none."""
+    common = next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None)
+    return None if common is None else {key[len(common) :]: value for key, value in state.items()}
 
 
 def _load_foreign(state: State, path: Path, given: Mapping[str, Any]) -> Recognizer:
+    if "architecture" in given:
+        return _load_named(state, path, dict(given))
     # Some networks have a prefix of a wrapper for one of their own, and a head that is no classifier.
     known = [(plain, network) for plain in _stripped(state) if (network := recognize(plain)) is not None]
     if not known:
@@ -410,6 +436,30 @@ def _load_foreign(state: State, path: Path, given: Mapping[str, Any]) -> Recogni
         # AdaFace and A-SKD read images with OpenCV and leave their channels as they come.
         found = Recognizer(found.backbone, replace(found.spec, channel_order="BGR"), name=name, options=found.options)
     return found
+
+
+def _load_named(state: State, path: Path, given: dict[str, Any]) -> Recognizer:
+    """A network whose architecture was given: the names decide about wrappers, the shapes about the embedding."""
+    name, options = given.pop("architecture"), dict(given)
+    dim, size = options.pop("embedding_dim", None), options.pop("input_size", None)
+    with torch.device("meta"):
+        usual = _build(name, dim, size, None, options)
+    wanted = {key: tuple(value.shape) for key, value in usual.backbone.state_dict().items()}
+    found: State | None = state
+    candidates: list[State] = []
+    while found is not None:
+        # Networks of timm are a part of ours.
+        candidates += [found, {f"model.{key}": value for key, value in found.items()}]
+        found = _unwrapped(found)
+    best = max(candidates, key=lambda candidate: len(wanted.keys() & candidate.keys()))
+    if dim is None:
+        rows = [
+            len(best[key])
+            for key, shape in wanted.items()
+            if key in best and best[key].ndim and shape[:1] == (usual.embedding_dim,) != best[key].shape[:1]
+        ]
+        dim = rows[-1] if rows else usual.embedding_dim
+    return _assemble(name, dim, usual.spec.height, options, best, path)
 
 
 def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
@@ -443,6 +493,8 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
                 "affine": "output_layer.bn.weight" in shapes,
             }
             return "mobilefacenet", {"embedding_dim": dim, "input_size": size(side), **options}
+        case {"dw_conv.pointwise.weight": _, "gdconv.depthwise.weight": (*_, side), "conv3.weight": (dim, *_)}:
+            return "mobilefacenet-relu6", {"embedding_dim": dim, "input_size": size(side)}
         case {"input_layer.0.weight": _, "output_layer.3.weight": (dim, inputs), "body.0.res_layer.0.weight": _}:
             blocks = len({key.split(".")[1] for key in shapes if key.startswith("body.")})
             depth = next((depth for depth, counts in IR_BLOCKS.items() if sum(counts) == blocks), None)
@@ -472,6 +524,19 @@ def recognize(state: State) -> tuple[str, dict[str, Any]] | None:
         case {"cnn.conv_head.weight": (_, inputs, *_), "fc.weight": (dim, *_)}:
             name = {320: "tinyfar-a", 240: "tinyfar-b", 176: "tinyfar-c"}.get(inputs)
             return (name, {"embedding_dim": dim, "input_size": 112}) if name else None
+        case {
+            "patch_embed.proj.weight": (width, _, patch, _),
+            "pos_embed": (_, tokens, _),
+            "blocks.0.mlp.fc1.weight": (hidden, _),
+            "feature.2.weight": (dim, _),
+        }:
+            depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+            key = (patch, width, depth, hidden)
+            name = next((name for name, (p, w, d, _, r) in VITS.items() if (p, w, d, r * w) == key), None)
+            # A side of 112 is no multiple of InsightFace's patches.
+            side = 112 if math.isqrt(tokens) == 112 // patch else math.isqrt(tokens) * patch
+            options = {"mask_token": "mask_token" in shapes, "keypoints": "keypoint_linear.weight" in shapes}
+            return (name, {"embedding_dim": dim, "input_size": side, **options}) if name else None
         case {"model.stem.0.weight": (width, *_), "model.head.fc.weight": (dim, *_)}:
             name = EDGEFACE_WIDTHS.get(width)
             return (name, {"embedding_dim": dim, "input_size": 112}) if name else None

@@ -31,6 +31,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "edgeface-xs": [{}, {"rank_ratio": 0.6}],
     "edgeface-s": [{}, {"rank_ratio": 0.5}],
     "ghostfacenet": [{}, {"stride": 2}],
+    "ghostfacenet-v2": [{}, {"stride": 2}],
+    "cvlface-vit-small": [{}, {"keypoints": True}],
+    "cvlface-vit-base": [{}, {"keypoints": True}],
     "timm": [],
     "transformers": [],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from eval.benchmarks import att_faces, folder, identification, ijb, pairs, people
@@ -25,12 +26,16 @@ __all__ = [
     "under",
 ]
 
+
+def _templates(kind: str, pooling: str, path: str, framing: str, size: int) -> Protocol:
+    return ijb.load(path, kind, pooling, framing, size)
+
+
 BENCHMARKS = {att_faces.NAME: att_faces.load}
 #: Benchmarks with protocols of their own, written ``kind:path``.
 PROTOCOLS: dict[str, Callable[[str, str, int], Protocol]] = {
     "pairs": lambda path, framing, size: pairs.load(path, size),
-    "ijbb": lambda path, framing, size: ijb.load(path, "ijbb", framing, size),
-    "ijbc": lambda path, framing, size: ijb.load(path, "ijbc", framing, size),
+    **{f"{kind}{pooling}": partial(_templates, kind, pooling) for kind in ijb.GALLERIES for pooling in ijb.POOLINGS},
     "megaface": lambda path, framing, size: identification.MegaFace(path, size),
     "rfw": lambda path, framing, size: pairs.load_groups(path, size),
     "tinyface": lambda path, framing, size: identification.TinyFace(path, size),

@@ -38,6 +38,8 @@ from faceless.images import read_image
 FARS = {"1e-6": 1e-6, "1e-5": 1e-5, "1e-4": 1e-4, "1e-3": 1e-3, "1e-2": 1e-2, "1e-1": 1e-1}
 FPIRS = {"1e-2": 1e-2, "1e-1": 1e-1}
 GALLERIES = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
+#: What faces are weighed by: faceness, and the norms of embeddings. InsightFace's, AdaFace's, CVLface's, nothing.
+POOLINGS = {"": (True, True), "-norms": (False, True), "-faceness": (True, False), "-plain": (False, False)}
 #: Template, medium and subject numbers; what is looked up by them stays small.
 MAX_NUMBER = 1 << 24
 MAX_PAIRS = 1 << 28
@@ -182,7 +184,8 @@ class Templates(Protocol):
     """
 
     def __init__(self, folder: Path, kind: str, framing: str, size: int, faceness: bool = True, norms: bool = True):
-        self.name, self.framing, self.size, self.faceness, self.norms = kind, framing, size, faceness, norms
+        pooling = next(name for name, weighed in POOLINGS.items() if weighed == (faceness, norms))
+        self.name, self.framing, self.size, self.faceness, self.norms = kind + pooling, framing, size, faceness, norms
         meta = folder / "meta"
         whole, text, real = pa.int64(), pa.string(), pa.float64()
 
@@ -218,7 +221,7 @@ class Templates(Protocol):
         self.same = labels.astype(bool)
         if self.same.all() or not self.same.any():
             raise InputError(f"{path}: needs genuine and impostor pairs")
-        self.search = self._search_lists(meta, row)
+        self.search = self._search_lists(meta, kind, row)
 
         self.digest = files_digest(self.files, sorted(p for p in meta.iterdir() if p.is_file()))
         self.record: dict[str, Any] = {
@@ -228,7 +231,7 @@ class Templates(Protocol):
             "intervals_of": "independent pairs",
         }
 
-    def _search_lists(self, meta: Path, row: np.ndarray) -> SearchLists | None:
+    def _search_lists(self, meta: Path, kind: str, row: np.ndarray) -> SearchLists | None:
         """The 1:N protocol, where its files are there."""
 
         def subjects(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -240,8 +243,8 @@ class Templates(Protocol):
                 raise InputError(f"{path}: names templates without faces")
             return template, _numbers(table, "subject", path)[first]
 
-        names = [f"gallery_{gallery}" for gallery in GALLERIES[self.name]]
-        paths = {name: meta / f"{self.name}_1N_{name}.csv" for name in (*names, "probe_mixed")}
+        names = [f"gallery_{gallery}" for gallery in GALLERIES[kind]]
+        paths = {name: meta / f"{kind}_1N_{name}.csv" for name in (*names, "probe_mixed")}
         if not all(path.is_file() for path in paths.values()):
             return None
         found = {name: subjects(path) for name, path in paths.items()}
@@ -306,6 +309,6 @@ def search_figures(vectors: np.ndarray, lists: SearchLists) -> dict[str, Any]:
     return found
 
 
-def load(folder: str | Path, kind: str, framing: str, size: int) -> Templates:
-    """IJB-B or IJB-C as `Templates`, faces weighed by faceness and norm."""
-    return Templates(Path(folder), kind, framing, size)
+def load(folder: str | Path, kind: str, pooling: str, framing: str, size: int) -> Templates:
+    """IJB-B or IJB-C as `Templates`, with one of `POOLINGS`."""
+    return Templates(Path(folder), kind, framing, size, *POOLINGS[pooling])

@@ -104,9 +104,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], InputSpec] | None:
     Raises:
         InputError: a damaged file, an unknown model, or settings that are no numbers and not those of the package.
     """
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     model = config.get("model_type")
-    if not isinstance(model, str) or "architecture" in config:
+    if not isinstance(model, str) or not model or "architecture" in config:
         return None
     try:
         usual = _classes(model).AutoConfig.for_model(model).to_dict()
@@ -121,7 +121,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], InputSpec] | None:
     size = settings.pop("image_size", 224)
     for key in ("num_labels", "num_channels"):
         settings.pop(key, None)
-    processor = _json(folder / PROCESSOR)
+    processor = read_json(folder / PROCESSOR)
     try:
         mean, std = (tuple(processor.get(key, [0.5] * 3)) for key in ("image_mean", "image_std"))
         spec = InputSpec(size, size, mean, std, value_range=255 * float(processor.get("rescale_factor", 1 / 255)))
@@ -163,7 +163,12 @@ def read_weights(file: Path, backbone: TransformersBackbone, model: str) -> nn.M
     return loaded
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of settings; empty if there is none.
+
+    Raises:
+        InputError: no JSON object, or more than a megabyte.
+    """
     if not path.is_file():
         return {}
     try:

@@ -125,6 +125,13 @@ def test_a_whole_folder(benchmark_folder):
     assert bare.digest == found.digest
     other = protocol.evaluate(recognizer(24), bare, cache=False)
     assert np.abs(other.genuine - report.genuine).max() > 1e-4
+    for kind, faceness, norms in (
+        ("ijbc-norms", False, True),
+        ("ijbc-faceness", True, False),
+        ("ijbc-plain", False, False),
+    ):
+        named = benchmarks.find(f"{kind}:{benchmark_folder}", "arcface", 32)
+        assert (named.name, named.faceness, named.norms) == (kind, faceness, norms)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import faceless
+from faceless.align import ARCFACE
 from faceless.backbones import ARCHITECTURES
 from faceless.backbones.ghostfacenet import SameConv2d
 from faceless.backbones.iresnet import IResNet
 from faceless.backbones.mobilefacenet import MobileFaceNet
 from faceless.backbones.slimresnet import SlimResNet
+from faceless.backbones.vit import VITS, ViT
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -95,6 +97,15 @@ def test_parameters_and_macs(build, parameters, macs):
         ("ghostfacenet", {}, 4_059_748, 211_909_644),
         ("ghostfacenet", {"stride": 2}, 4_037_836, 59_316_222),
         ("inception-resnet-v1", {"input_size": 160}, 23_482_624, 1_417_662_304),
+        ("mobilefacenet-relu6", {}, 999_936, 233_810_432),
+        # deepinsight/insightface, mk-minchul/CVLface; 51,744 and 206,976 are 11 * 49 buckets of each head and block.
+        ("vit-t", {}, 19_137_792, 1_504_882_688),
+        ("vit-s", {}, 76_023_296, 5_746_548_736),
+        ("vit-b", {}, 113_833_472, 11_437_170_688),
+        ("cvlface-vit-small", {}, 95_952_384, 9_174_843_392),
+        ("cvlface-vit-base", {}, 114_869_760, 13_346_275_328),
+        ("cvlface-vit-small", {"keypoints": True}, 95_952_384 + 51_744, 9_174_843_392 + 196 * 10 * 4_704),
+        ("cvlface-vit-base", {"keypoints": True}, 114_869_760 + 206_976, 13_346_275_328 + 196 * 10 * 18_816),
     ],
 )
 def test_published_counts_by_name(name, options, parameters, macs):
@@ -107,9 +118,13 @@ def test_published_counts_by_name(name, options, parameters, macs):
 
 def test_ghostfacenet_has_the_numbers_of_its_keras_model():
     """With the statistics of batch normalization, which Keras counts as parameters; from its training notebooks."""
-    for stride, expected in ((1, 4_088_300), (2, 4_066_388)):
+    for name, stride, expected in (
+        ("ghostfacenet", 1, 4_088_300),
+        ("ghostfacenet", 2, 4_066_388),
+        ("ghostfacenet-v2", 1, 6_880_288),
+    ):
         with torch.device("meta"):
-            net = ARCHITECTURES["ghostfacenet"].build(stride=stride)
+            net = ARCHITECTURES[name].build(stride=stride)
         statistics = sum(b.numel() for name, b in net.named_buffers() if "running" in name)
         assert sum(p.numel() for p in net.parameters()) + statistics == expected
 
@@ -137,6 +152,9 @@ def test_tensorflow_pads_below_and_to_the_right():
         ("mbf", {"input_size": 48}),
         ("mixfacenet-xs", {"input_size": 64, "shuffle": False}),
         ("ghostfacenet", {"input_size": 48, "width": 0.5, "stride": 2}),
+        ("ghostfacenet-v2", {"input_size": 48, "width": 0.5}),
+        ("mobilefacenet-relu6", {"input_size": 48}),
+        ("vit-t", {"input_size": 18}),
         ("inception-resnet-v1", {"input_size": 75}),
         ("timm", {"input_size": 32, "model": "vit_tiny_patch16_224"}),
         ("timm", {"input_size": 64, "model": "swin_tiny_patch4_window7_224"}),
@@ -150,6 +168,27 @@ def test_networks_train_and_come_back_from_a_folder(tmp_path, name, options):
     again = faceless.load(faceless.save(net, tmp_path / "net"))
     assert torch.equal(again.embed(images), net.embed(images))
     assert again.options == net.options
+
+
+def test_landmarks_move_attention(monkeypatch):
+    monkeypatch.setitem(VITS, "tiny", (8, 16, 2, 2, 2))
+    net = ViT("tiny", keypoints=True, embedding_dim=4, input_size=32).eval()
+    plain = ViT("tiny", embedding_dim=4, input_size=32).eval()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    images, template = torch.rand(3, 3, 32, 32), torch.tensor(ARCFACE) / 112
+    # Landmarks have no say in a new network, and that of the template is taken where none are given.
+    assert torch.allclose(net(images), plain(images), atol=1e-6)
+    net.keypoint_linear.weight.data.normal_()
+    assert torch.allclose(net(images), net(images, template.expand(3, 5, 2)), atol=1e-6)
+    assert not torch.allclose(net(images), net(images, template.flip(0).expand(3, 5, 2)), atol=1e-5)
+    # By hand: what query 5 (row 1, column 1) adds for key 2 (row 0, column 2) in head 1 of block 1.
+    center = torch.tensor([1.5 / 4, 1.5 / 4])
+    number = 49 * (1 * 2 + 1) + (3 + 1) * 7 + (3 - 1)
+    weight, bias = net.keypoint_linear.weight[number], net.keypoint_linear.bias[number]
+    expected = weight @ (center - template).flatten() + bias
+    assert torch.allclose(net.biases(None)[1][0, 1, 5, 2], expected, atol=1e-5)
+    net(images, template.expand(3, 5, 2)).sum().backward()
+    assert net.keypoint_linear.weight.grad.abs().sum() > 0
 
 
 def test_dlib_macs():
@@ -270,6 +309,8 @@ def test_width_multiplies():
         ("edgeface-xs", {"rank_ratio": 2}, "rank_ratio is 2"),
         ("tinyfar-a", {"input_size": 16}, "use 32 or more"),
         ("ghostfacenet", {"stride": 3}, "use 0.25 to 8, and 1 or 2"),
+        ("ghostfacenet-v2", {"input_size": 16}, "use more than 16"),
+        ("vit-t", {"input_size": 8}, "use 9 or more"),
         ("inception-resnet-v1", {"input_size": 64}, "use 75 or more"),
         ("timm", {"model": "hf-hub:somebody/something"}, "timm has no model 'hf-hub:somebody/something'"),
         ("timm", {"model": "mobilenetv2_10"}, "did you mean mobilenetv2_1"),

@@ -2,18 +2,24 @@
 
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 import faceless
+from faceless.align import ARCFACE
+from faceless.backbones import ARCHITECTURES
 from faceless.randomness import Rng
+from faceless.weights import recognize
 
 pytestmark = [
     pytest.mark.official,
@@ -142,6 +148,73 @@ def facenet(monkeypatch):
     return importlib.import_module("facenet_models.inception_resnet_v1").InceptionResnetV1
 
 
+def mobilefacenet_relu6(monkeypatch):
+    return official("fdbtrs/PocketNet", "backbones/mobilefacenet.py").MobileFaceNet
+
+
+def insightface_vit(monkeypatch):
+    module = official("deepinsight/insightface", "recognition/arcface_torch/backbones/vit.py")
+    return lambda width, depth, mask: module.VisionTransformer(
+        img_size=112, patch_size=9, num_classes=512, embed_dim=width, depth=depth, num_heads=8, mask_ratio=mask
+    )
+
+
+class Attributes(dict):
+    """A dictionary whose values are attributes as well, as EasyDict and OmegaConf have it."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+    def __setattr__(self, name, value):
+        self[name] = value
+
+
+class WithLandmarks(torch.nn.Module):
+    def __init__(self, net, landmarks):
+        super().__init__()
+        self.net, self.landmarks = net, landmarks
+
+    def forward(self, x):
+        return self.net(x, self.landmarks[: len(x)])
+
+
+#: Of four faces, nowhere near the template.
+LANDMARKS = Rng.of(2, "landmarks", range(4)).uniform(5, 2)
+
+
+def cvlface_vit(monkeypatch):
+    models = "cvlface/research/recognition/code/run_v1/models"
+    root = Path(os.environ["FACELESS_OFFICIAL"], "mk-minchul/CVLface", models)
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    stubs = {"fvcore": {}, "fvcore.nn": {"flop_count": None}, "easydict": {"EasyDict": Attributes}}
+    # Their package would compile its CUDA operator and leave; without one they index in Python.
+    for name in ("", ".vit", ".vit_kprpe", ".vit_kprpe.RPE.rpe_ops"):
+        stubs[f"cvlface_models{name}"] = {"__path__": [str(root / name.replace(".", "/").strip("/"))]}
+    stubs["cvlface_models.vit_kprpe.RPE.rpe_ops.rpe_index"] = {"RPEIndexFunction": None}
+    for name, values in stubs.items():
+        stub = ModuleType(name)
+        vars(stub).update(values)
+        monkeypatch.setitem(sys.modules, name, stub)
+
+    def build(depth, heads, ratio, landmarks):
+        options = {"patch_size": 8, "num_classes": 512, "embed_dim": 512, "depth": depth, "num_heads": heads}
+        options |= {"mlp_ratio": ratio, "mask_ratio": 0.0}
+        if landmarks is None:
+            return importlib.import_module("cvlface_models.vit.vit").VisionTransformer(**options)
+        # rpe_config of configs/v1_base_kprpe_splithead_unshared.yaml
+        rpe = {"name": "KPRPE_shared", "rpe_on": "k", "shared_head": True, "mode": "ctx", "method": "product"}
+        rpe |= {"ratio": 1.9, "ctx_type": "rel_keypoint_splithead_unshared", "num_keypoints": 5}
+        net = importlib.import_module("cvlface_models.vit_kprpe.vit").VisionTransformerWithKPRPE(
+            **options, rpe_config=Attributes(rpe)
+        )
+        weight = net.keypoint_linear.weight
+        weight.data.copy_(0.2 * Rng.of(3, "landmarks", range(1)).normal(*weight.shape)[0])
+        return WithLandmarks(net, landmarks)
+
+    return build
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "name", "nest"),
     [
@@ -163,6 +236,12 @@ def facenet(monkeypatch):
         (mixfacenet, ("mixnet_s", 0.5, 512), "mixfacenet-xs", lambda s: s),
         (mixfacenet, ("mixnet_s", 1.0, 1024), "mixfacenet-s", lambda s: s),
         (mixfacenet, ("mixnet_m", 1.0, 1024), "mixfacenet-m", lambda s: s),
+        (mobilefacenet_relu6, (), "mobilefacenet-relu6", lambda s: s),
+        (insightface_vit, (256, 12, 0.1), "vit-t", lambda s: s),
+        (insightface_vit, (512, 12, 0.0), "vit-s", lambda s: {f"module.{k}": v for k, v in s.items()}),
+        (insightface_vit, (512, 24, 0.05), "vit-b", lambda s: s),
+        (cvlface_vit, (12, 8, 5, None), "cvlface-vit-small", lambda s: {f"model.net.{k}": v for k, v in s.items()}),
+        (cvlface_vit, (24, 16, 3, None), "cvlface-vit-base", lambda s: {f"net.{k}": v for k, v in s.items()}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -179,6 +258,42 @@ def test_same_weights_same_embeddings_of_other_families(tmp_path, monkeypatch, c
     with capsys.disabled():
         print(f"{name}: {difference:.1e}")
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(("arguments", "name"), [((12, 8, 5), "cvlface-vit-small"), ((24, 16, 3), "cvlface-vit-base")])
+def test_cvlface_positions_relative_to_landmarks(tmp_path, monkeypatch, capsys, arguments, name):
+    theirs = as_trained(cvlface_vit(monkeypatch)(*arguments, LANDMARKS))
+    safetensors.torch.save_file(theirs.net.state_dict(), tmp_path / "model.safetensors")
+    ours = faceless.load(tmp_path / "model.safetensors")
+    assert (ours.name, ours.options["keypoints"]) == (name, True)
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
+    template = (torch.tensor(ARCFACE) / 112).double()
+    # In double precision: such attention is so sharp that orders of summation differ by 2e-5 in single.
+    theirs, ours, pixels = theirs.double(), ours.double(), ours.preprocess(images).double()
+    theirs.landmarks = LANDMARKS.double()
+    with torch.no_grad():
+        for expected, found in (
+            (theirs(pixels), ours.backbone(pixels, LANDMARKS[:2].double())),
+            (theirs.net(pixels, template.expand(2, 5, 2)), ours.backbone(pixels)),
+        ):
+            difference = (found - expected).abs().max() / expected.abs().max()
+            with capsys.disabled():
+                print(f"{name} with landmarks: {difference:.1e}")
+            assert difference <= 1e-5
+        assert (theirs(pixels) - ours.backbone(pixels)).abs().max() > 0.01
+
+
+def test_the_largest_vit_has_the_names_and_shapes_of_theirs(monkeypatch):
+    # Its constructor reads numbers out of a tensor.
+    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
+    with torch.device("meta"):
+        theirs = insightface_vit(monkeypatch)(768, 24, 0.0)
+        ours = ARCHITECTURES["vit-l"].build()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert recognize(theirs.state_dict()) == (
+        "vit-l",
+        {"embedding_dim": 512, "input_size": 112, "mask_token": True, "keypoints": False},
+    )
 
 
 def test_facenet(tmp_path, monkeypatch):
@@ -215,80 +330,99 @@ def keras_2_hard_sigmoid(x):
     return (0.2 * x + 0.5).clip(0, 1)
 
 
-def ghostfacenet(monkeypatch, stride):
-    """The authors' Keras model."""
+def keras_on_torch(monkeypatch):
+    """Keras, under the name that the authors import."""
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     keras = pytest.importorskip("keras")
     module = TensorFlow(keras)
+    module.shape = keras.ops.shape
+    module.math = SimpleNamespace(ceil=math.ceil)
+    module.image = SimpleNamespace(
+        resize=lambda x, size, antialias, method: keras.ops.image.resize(x, size, method, antialias)
+    )
     for name, value in {
         "": module,
         ".keras": keras,
         **{f".keras.{part}": getattr(keras, part) for part in ("backend", "models", "layers")},
     }.items():
         monkeypatch.setitem(sys.modules, f"tensorflow{name}", value)
+    return keras
+
+
+def ghostnet(monkeypatch, keras, stride):
     keras.saving.register_keras_serializable(package="keras2")(keras_2_hard_sigmoid)
     functions = importlib.import_module("keras.src.activations").ALL_OBJECTS_DICT
     monkeypatch.setitem(functions, "hard_sigmoid", keras_2_hard_sigmoid)
-    stem = official("HamadYA/GhostFaceNets", "backbones/ghost_model.py").GhostNet(
+    return official("HamadYA/GhostFaceNets", "backbones/ghost_model.py").GhostNet(
         input_shape=(112, 112, 3), include_top=False, width=1.3, strides=stride
     )
+
+
+def ghostnet_v2(monkeypatch, keras, stride):
+    """With the layers of leondgarse/keras_cv_attention_models that it is made of, and none of its other models."""
+    package = "keras_cv_attention_models"
+    functional = SimpleNamespace(
+        clip_by_value=keras.ops.clip,
+        reduce_mean=lambda x, axes, keepdims: keras.ops.mean(x, axes, keepdims=keepdims),
+    )
+    backend = {name: getattr(keras, name) for name in ("layers", "models", "initializers")}
+    backend |= {"functional": functional, "image_data_format": keras.backend.image_data_format}
+    backend |= {"register_keras_serializable": keras.saving.register_keras_serializable, "is_torch_backend": False}
+    for name, values in {
+        package: {},
+        f"{package}.backend": backend,
+        f"{package}.download_and_load": {"reload_model_weights": lambda *args: None},
+    }.items():
+        stub = ModuleType(name)
+        vars(stub).update(values)
+        monkeypatch.setitem(sys.modules, name, stub)
+    sys.modules[package].backend = sys.modules[f"{package}.backend"]
+    layers = official(f"leondgarse/{package}", f"{package}/common_layers.py")
+    layers.add_pre_post_process = lambda *args, **options: None
+    monkeypatch.setitem(sys.modules, f"{package}.attention_layers", layers)
+    # As GhostFaceNets.py builds "ghostnetv2".
+    return official("HamadYA/GhostFaceNets", "backbones/ghostv2.py").GhostNetV2(
+        stem_strides=stride, width_mul=1.3, input_shape=(112, 112, 3), num_classes=0, activation="prelu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "stride", "count"),
+    [
+        (ghostnet, "ghostfacenet", 1, 4_088_300),
+        (ghostnet, "ghostfacenet", 2, 4_066_388),
+        (ghostnet_v2, "ghostfacenet-v2", 1, 6_880_288),
+    ],
+)
+def test_ghostfacenet(tmp_path, monkeypatch, capsys, build, name, stride, count):
+    """A model of the authors' code, saved by Keras as they save theirs."""
+    pytest.importorskip("h5py")
+    keras = keras_on_torch(monkeypatch)
+    stem = build(monkeypatch, keras, stride)
     builder = official("HamadYA/GhostFaceNets", "GhostFaceNets.py")
     whole = builder.buildin_models(stem, dropout=0, emb_shape=512, output_layer="GDC", bn_momentum=0.9, bn_epsilon=1e-5)
-    return keras, builder.replace_ReLU_with_PReLU(whole)
-
-
-@pytest.mark.parametrize(("stride", "count"), [(1, 4_088_300), (2, 4_066_388)])
-def test_ghostfacenet(monkeypatch, stride, count):
-    keras, theirs = ghostfacenet(monkeypatch, stride)
+    theirs = builder.replace_ReLU_with_PReLU(whole)
     assert theirs.count_params() == count
-    ours = faceless.create("ghostfacenet", stride=stride).eval()
-
-    def layers(kind, *last):
-        # Keras numbers layers of a kind as they are made.
-        named = [x for x in theirs.layers if type(x) is kind and not x.name.startswith(("GDC", "pre_"))]
-        named.sort(key=lambda x: int((re.search(r"_(\d+)$", x.name) or [0, 0])[1]))
-        return named + [theirs.get_layer(name) for name in last]
-
-    def modules(wanted):
-        return [module for module in ours.backbone.modules() if wanted(module)]
-
-    kinds, conv = keras.layers, torch.nn.Conv2d
-    pairs = [
-        *zip(layers(kinds.Conv2D, "GDC_conv"), modules(lambda m: isinstance(m, conv) and m.groups == 1), strict=True),
-        *zip(
-            layers(kinds.DepthwiseConv2D, "GDC_dw"),
-            modules(lambda m: isinstance(m, conv) and m.groups > 1),
-            strict=True,
-        ),
-        *zip(
-            layers(kinds.BatchNormalization, "GDC_batchnorm", "pre_embedding"),
-            modules(lambda m: isinstance(m, torch.nn.modules.batchnorm._BatchNorm)),
-            strict=True,
-        ),
-        *zip(layers(kinds.PReLU), modules(lambda m: isinstance(m, torch.nn.PReLU)), strict=True),
-    ]
-    for number, (layer, module) in enumerate(pairs):
+    for number, layer in enumerate(theirs.layers):
         drawn = []
         for index, array in enumerate(layer.get_weights()):
             rng = Rng.of(number, f"weights {index}", range(1))
+            low, high = (0.5, 1.5) if isinstance(layer, keras.layers.BatchNormalization) else (0.1, 0.4)
             normal = array.ndim == 4
-            low, high = (0.5, 1.5) if isinstance(layer, kinds.BatchNormalization) else (0.1, 0.4)
             value = rng.normal(*array.shape)[0] if normal else rng.uniform(*array.shape, low=low, high=high)[0]
             drawn.append(value / array[..., 0].size ** 0.5 if normal else value)
         layer.set_weights([value.numpy() for value in drawn])
-        if isinstance(module, conv):
-            axes = (2, 3, 0, 1) if module.groups > 1 else (3, 2, 0, 1)
-            drawn[0] = drawn[0].permute(axes)
-        names = ("weight", "bias", "running_mean", "running_var")
-        for name, value in zip(names, drawn):
-            getattr(module, name).data.copy_(value.reshape(getattr(module, name).shape))
+    theirs.save(tmp_path / "theirs.h5")
+    ours = faceless.load(tmp_path / "theirs.h5")
+    assert (ours.name, ours.options["stride"], ours.options["width"]) == (name, stride, 1.3)
     images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
     pixels = ((images.float() - 127.5) * 0.0078125).permute(0, 2, 3, 1)
     with torch.no_grad():
         expected = torch.as_tensor(theirs(pixels, training=False)).cpu()
         found = ours(images).embedding
     difference = (found - expected).abs().max() / expected.abs().max()
-    print(f"ghostfacenet stride {stride}: {difference:.1e}")
+    with capsys.disabled():
+        print(f"{name} stride {stride}: {difference:.1e}")
     assert difference <= 1e-5
 
 

@@ -47,7 +47,12 @@ SLOW = {name: {} for name in ARCHITECTURES if name not in SMALL} | {
     "ir101": {"input_size": 48},
     "cbam100": {"input_size": 48},
     "cbam152": {"input_size": 48},
+    "mobilefacenet-relu6": {"input_size": 48},
+    "ghostfacenet-v2": {"input_size": 48, "width": 0.5},
+    "vit-t": {"input_size": 18},
+    "vit-l": {"input_size": 48},
 }
+LANDMARKS = [(name, {"keypoints": True, "input_size": 48}) for name in ("cvlface-vit-small", "cvlface-vit-base")]
 
 
 def shaken(recognizer):
@@ -77,7 +82,7 @@ def batch_norms(network):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*SMALL.items(), *(pytest.param(name, options, marks=pytest.mark.slow) for name, options in SLOW.items())],
+    [*SMALL.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in (*SLOW.items(), *LANDMARKS))],
 )
 def test_every_backbone_goes_through_a_file(tmp_path, name, options):
     net = shaken(faceless.create(name, **options))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -155,6 +156,62 @@ def test_foreign_state_dicts(tmp_path, options, wrap):
     assert found.source["sha256"] == sha256(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    ("model", "size"), [("vit_tiny_patch16_224", 32), ("mobilenetv3_small_050", 64), ("resnet10t", 64)]
+)
+def test_state_dicts_of_timm(tmp_path, model, size, wrap):
+    torch.manual_seed(0)
+    theirs = timm.create_model(model, num_classes=24, **({"img_size": size} if model.startswith("vit") else {})).eval()
+    torch.save(wrap(theirs.state_dict()), tmp_path / "theirs.pth")
+    ours = faceless.load(tmp_path / "theirs.pth", architecture="timm", model=model, input_size=size)
+    images = faces(2, size)
+    with torch.no_grad():
+        expected = theirs((images.float() - 127.5) / 127.5)
+        assert torch.allclose(ours(images).embedding, expected, atol=1e-5)
+    faceless.save(ours, tmp_path / "saved")
+    again = faceless.load(tmp_path / "saved", architecture="timm")
+    assert torch.equal(again.embed(images), ours.embed(images))
+    with pytest.raises(InputError, match="takes no option 'architecture'"):
+        faceless.load(tmp_path / "saved", architecture="ir18")
+    with pytest.raises(InputError, match="does not fit timm: missing"):
+        faceless.load(tmp_path / "theirs.pth", architecture="timm", model="resnet18", input_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wrap"),
+    [
+        ("vit-t", {}, "module.{}"),
+        ("vit-t", {"mask_token": False}, "{}"),
+        ("cvlface-vit-small", {}, "model.net.{}"),
+        ("cvlface-vit-base", {"keypoints": True}, "net.{}"),
+    ],
+)
+def test_vits_are_recognized(name, options, wrap):
+    with torch.device("meta"):
+        state = faceless.create(name, embedding_dim=128, **options).backbone.state_dict()
+    expected = {"mask_token": name == "vit-t", "keypoints": False} | options
+    found = weights.recognize(weights.strip({wrap.format(key): value for key, value in state.items()}))
+    assert found == (name, {"embedding_dim": 128, "input_size": 112, **expected})
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [({"color_space": "BGR"}, "BGR"), ({"color_space": "RGB"}, "RGB"), ("BGR", "RGB"), (None, "RGB")],
+)
+def test_folders_of_cvlface_say_how_channels_are_ordered(tmp_path, settings, order):
+    net = faceless.create("ir18", embedding_dim=8, input_size=16)
+    state = {f"model.net.{key}": value for key, value in net.backbone.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["CVLFaceRecognitionModel"], "model_type": "", "conf": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = faceless.load(tmp_path)
+    assert (found.name, found.spec.channel_order) == ("ir18", order)
+    images = faces(2, 16)
+    expected = net.embed(images if order == "RGB" else images.flip(1))
+    assert torch.equal(found.embed(images), expected)
+
+
 @pytest.mark.parametrize(("depth", "size"), [(18, 112), (18, 64), (34, 112)])
 def test_iresnets_are_recognized(tmp_path, depth, size):
     net = shaken(faceless.create(f"iresnet{depth}", embedding_dim=32, input_size=size))
@@ -276,7 +333,7 @@ def test_compressed_archives_are_refused(tmp_path):
         faceless.load(tmp_path / "y.pt")
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".pkl", ""])
+@pytest.mark.parametrize("suffix", [".keras", ".pkl", ""])
 def test_unsupported_kinds_list_the_supported(tmp_path, suffix):
     (tmp_path / f"model{suffix}").write_bytes(b"x")
     with pytest.raises(InputError, match=r"are not read; \.pth \.pt .*, \.safetensors, .*\.dat"):
