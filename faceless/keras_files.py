@@ -200,7 +200,9 @@ def _places(network: GhostFaceNet, layers: Layers, version: int) -> Iterator[tup
 def _of_kind(layers: Layers, kind: str) -> list[str]:
     """Names of all layers of a kind but those of the head, by their numbers.
 
-    >>> _of_kind({"conv2d_10": {"kernel": torch.zeros(1)}, "conv2d": {"kernel": torch.zeros(1)}}, "conv")
+    >>> kernel = torch.zeros(1, 1, 1, 1)
+    >>> layers = {"conv2d_10": {"kernel": kernel}, "conv2d": {"kernel": kernel}, "dense": {"kernel": kernel[0, 0]}}
+    >>> _of_kind(layers, "conv")
     ['conv2d', 'conv2d_10']
     """
     found = []
@@ -209,8 +211,10 @@ def _of_kind(layers: Layers, kind: str) -> list[str]:
             this = "norm"
         elif "alpha" in arrays:
             this = "prelu"
-        else:
+        elif any(array.ndim == 4 for array in arrays.values()):
             this = "depthwise" if name.startswith("depthwise") else "conv"
+        else:
+            continue
         if this == kind and name not in HEAD.values():
             found.append(name)
     return sorted(found, key=lambda name: int((re.findall(r"_(\d{1,9})$", name) or ["0"])[0]))
