@@ -56,6 +56,13 @@ def as_trained(net, size=112):
     return net.eval()
 
 
+def in_double(monkeypatch, *nets):
+    """Also where they ask for single precision: in a deep Transformer, orders of summation differ by 2e-5 in single."""
+    for net in nets:
+        net.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 def adaface(monkeypatch):
     module = official("mk-minchul/AdaFace", "net.py")
 
@@ -251,13 +258,15 @@ def test_same_weights_same_embeddings_of_other_families(tmp_path, monkeypatch, c
     ours = faceless.load(tmp_path / "theirs.pth")
     assert ours.name == name
     images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
+    if "vit" in name:
+        in_double(monkeypatch, theirs, ours)
     with torch.no_grad():
         expected = theirs((images.float() - 127.5) / 127.5)
         found = ours(images).embedding
     difference = (found - expected).abs().max() / expected.abs().max()
     with capsys.disabled():
         print(f"{name}: {difference:.1e}")
-    assert difference <= 1e-5
+    assert difference <= (1e-6 if "vit" in name else 1e-5)
 
 
 @pytest.mark.parametrize(("arguments", "name"), [((12, 8, 5), "cvlface-vit-small"), ((24, 16, 3), "cvlface-vit-base")])
@@ -268,9 +277,8 @@ def test_cvlface_positions_relative_to_landmarks(tmp_path, monkeypatch, capsys, 
     assert (ours.name, ours.options["keypoints"]) == (name, True)
     images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
     template = (torch.tensor(ARCFACE) / 112).double()
-    # In double precision: such attention is so sharp that orders of summation differ by 2e-5 in single.
-    theirs, ours, pixels = theirs.double(), ours.double(), ours.preprocess(images).double()
-    theirs.landmarks = LANDMARKS.double()
+    in_double(monkeypatch, theirs, ours)
+    pixels, theirs.landmarks = ours.preprocess(images).double(), LANDMARKS.double()
     with torch.no_grad():
         for expected, found in (
             (theirs(pixels), ours.backbone(pixels, LANDMARKS[:2].double())),
@@ -279,7 +287,7 @@ def test_cvlface_positions_relative_to_landmarks(tmp_path, monkeypatch, capsys, 
             difference = (found - expected).abs().max() / expected.abs().max()
             with capsys.disabled():
                 print(f"{name} with landmarks: {difference:.1e}")
-            assert difference <= 1e-5
+            assert difference <= 1e-9
         assert (theirs(pixels) - ours.backbone(pixels)).abs().max() > 0.01
 
 
