@@ -102,7 +102,8 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     before = yaml.safe_load(path.read_text()) or {}
-    for key in sorted(set(before) | set(settings)):
+    # Seeds of the losses follow that of the run, which says it better.
+    for key in sorted(set(before) | set(settings), key=lambda key: (key != "seed", key)):
         if key not in FREE and _given(before.get(key)) != _given(settings.get(key)):
             raise InputError(
                 f"{path.parent} holds a run with another {key} ({_short(before.get(key))} there, "

@@ -218,11 +218,13 @@ def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
     if not file.is_file():
         raise InputError(f"{folder}: holds no {WEIGHTS}; give a folder that faceless.save wrote")
     # Where the weights describe themselves, that counts.
-    known = None if "faceless" in _metadata(file) else read_folder(folder)
+    if "faceless" in _metadata(file):
+        return _load_safetensors(file), file
+    known = read_folder(folder)
     if known is None:
         recognizer = _load_safetensors(file)
         settings = read_json(folder / CONFIG).get("conf")  # CVLface's
-        if isinstance(settings, dict) and settings.get("color_space") == "BGR" and "faceless" not in _metadata(file):
+        if isinstance(settings, dict) and settings.get("color_space") == "BGR":
             recognizer.spec = replace(recognizer.spec, channel_order="BGR")
         return recognizer, file
     options, spec = known
@@ -573,8 +575,9 @@ def _assemble(
     backbone = recognizer.backbone
     wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
-    # A count of training batches; older files lack it and nothing in eval mode reads it.
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
+    # Nothing in eval mode reads a count of training batches, which older files lack, or the token for patches left out,
+    # which ONNX leaves out.
+    optional = {key for key in wanted if key.endswith("num_batches_tracked") or key == "mask_token"}
     problems = [f"missing {key}" for key in wanted if key not in found and key not in optional]
     problems += [f"unexpected {key}" for key in found if key not in wanted]
     problems += [

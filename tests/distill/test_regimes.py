@@ -166,11 +166,13 @@ def test_a_wrong_link_is_named_before_the_first_is_trained(
 def test_links_are_the_recipe_with_their_changes(tmp_path: Path, teacher: Path) -> None:
     path = recipe(tmp_path, teacher, chain=[{"optimizer.lr": 0.5}, {}])
     first, last = (link.asdict() for link in links(parse(Run, ["--config", str(path)])))
-    plain = parse(Run, ["--config", str(recipe(tmp_path, teacher))]).asdict()
+    (plain,) = (link.asdict() for link in links(parse(Run, ["--config", str(recipe(tmp_path, teacher))])))
     assert {key for key in plain if first[key] != plain[key]} == {"optimizer", "output"}
     assert first["optimizer"] == plain["optimizer"] | {"lr": 0.5}
-    assert {key for key in plain if last[key] != plain[key]} == {"teacher", "seed"}
+    assert {key for key in plain if last[key] != plain[key]} == {"teacher", "seed", "losses"}
     assert (first["seed"], last["seed"]) == (0, 1)
+    assert {link["losses"]["contrast"]["loss"]["init_args"]["seed"] for link in (first, plain)} == {0}
+    assert last["losses"]["contrast"]["loss"]["init_args"]["seed"] == 1
 
 
 def test_peers_train_along_resume_and_stay_out_of_the_student(tmp_path: Path, teacher: Path) -> None:
