@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from faceless.backbones.ir import projection, residual
+
 WIDTHS = (64, 128, 256, 512)
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
 REDUCTION = 16
@@ -49,21 +51,12 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, channels: int, stride: int, projected: bool):
         super().__init__()
-        self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(inputs),
-            nn.Conv2d(inputs, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.PReLU(channels),
-            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
+        self.res_layer = residual(inputs, channels, stride)
         self.channel_layer = ChannelAttention(channels)
         self.spatial_layer = SpatialAttention()
         self.shortcut_layer: nn.Module | None = None
         if projected:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut_layer = projection(inputs, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.res_layer(x)

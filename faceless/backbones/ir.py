@@ -14,6 +14,23 @@ WIDTHS = (64, 128, 256, 512)
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
 
+def residual(inputs: int, channels: int, stride: int) -> nn.Sequential:
+    """BN, 3x3, BN, PReLU, 3x3 with the stride, BN."""
+    return nn.Sequential(
+        nn.BatchNorm2d(inputs),
+        nn.Conv2d(inputs, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.PReLU(channels),
+        nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+    )
+
+
+def projection(inputs: int, channels: int, stride: int) -> nn.Sequential:
+    """The shortcut of a block whose input has other channels, or another size."""
+    return nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+
 class Block(nn.Module):
     """BN, 3x3, BN, PReLU, 3x3 with the stride, BN; summed with every ``stride``-th pixel, or with a projection."""
 
@@ -23,17 +40,8 @@ class Block(nn.Module):
         if inputs == channels:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
         else:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-        self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(inputs),
-            nn.Conv2d(inputs, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.PReLU(channels),
-            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
+            self.shortcut_layer = projection(inputs, channels, stride)
+        self.res_layer = residual(inputs, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res_layer(x) + self.shortcut_layer(x)
