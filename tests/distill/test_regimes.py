@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +23,7 @@ from faceless.files import sha256
 from faceless.randomness import Rng
 from faceless.settings import parse
 from tests.distill.test_sources import folder
-from tests.distill.test_train import TINY, lines, recipe, student_bytes
+from tests.distill.test_train import TINY, corpus_recipe, lines, recipe, student_bytes
 
 LOSSES = "distill.losses"
 COSINE: dict[str, Any] = {"class_path": f"{LOSSES}.embedding.CosineEmbedding"}
@@ -253,6 +254,51 @@ def test_only_the_student_sees_worse_faces_and_both_are_verified_on_such(tmp_pat
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match="blurry"):
         main(["--config", str(path), "--output", str(tmp_path / "never")])
+
+
+def test_a_cbam_teacher_and_the_student_that_follows_its_attention(tmp_path: Path, teacher: Path) -> None:
+    """The two recipes of A-SKD, one after the other; every block of the two networks is compared."""
+    made = yaml.safe_load(corpus_recipe(tmp_path, teacher).read_text())["source"]["init_args"]
+    np.save(tmp_path / "identities.npy", np.arange(64) % 8)
+    shared = {
+        "source.init_args.path": made["path"],
+        "source.init_args.recipe": made["recipe"],
+        "student.input_size": 32,
+        "student.embedding_dim": 16,
+        "augment.size": 32,
+        "steps": 4,
+        "batch_size": 8,
+        "log_every": 1,
+        "validation.faces": 0,
+        "optimizer.name": "adam",
+        "optimizer.lr": 0.001,
+        "optimizer.warmup": 0,
+        "verification.benchmark": "null",
+        "tensorboard": "false",
+        "threads": 1,
+    }
+
+    def run(name: str, **changes: object) -> Path:
+        given = {"config": f"distill/recipes/{name}.yaml", "output": tmp_path / name} | shared | changes
+        main([text for key, value in given.items() for text in (f"--{key}", str(value))])
+        return tmp_path / name
+
+    first = run("cbam_teacher", teacher=teacher, teacher_cache=tmp_path / "cache", steps=1)
+    labels = {"source.init_args.labels": tmp_path / "identities.npy"}
+    head = {"losses.arcface.loss.init_args.classes": 8, "losses.arcface.loss.init_args.embedding_dim": 16}
+    second = run("low_resolution_cbam", teacher=first / "student", **labels, **head)
+    net = faceless.load(first / "student")
+    record = json.loads((second / "provenance.json").read_text())
+    assert record["teacher"]["sha256"] == sha256(first / "student" / "model.safetensors")
+    blocks = {name for name, _ in net.backbone.named_modules() if name.endswith(("channel_layer", "spatial_layer"))}
+    loss = yaml.safe_load((second / "settings.yaml").read_text())["losses"]["attention"]
+    assert set(loss["loss"]["init_args"]["teacher_layers"]) == blocks and len(blocks) == 16
+    assert loss["loss"]["init_args"]["student_layers"] == loss["loss"]["init_args"]["teacher_layers"]
+    terms = [entry["terms"] for entry in lines(second) if "terms" in entry]
+    assert [entry["loss"] for entry in lines(second) if "loss" in entry] == pytest.approx(
+        [term["arcface"] + 5 * term["attention"] for term in terms]
+    )
+    assert terms[-1]["attention"] < 0.9 * terms[0]["attention"]
 
 
 def test_maps_of_mirrored_faces_are_not_compared_in_silence(tmp_path: Path, teacher: Path) -> None:
