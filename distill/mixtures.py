@@ -103,6 +103,7 @@ class MixtureSource(Source):
         self.sources = {name: parts[name].source for name in self.shares}
         self.aside = self.sources if held_out is None else {held_out: parts[held_out].source}
         self.size = size
+        self.weighs = any(source.weighs for source in self.sources.values())
 
     @property
     def everyone(self) -> dict[str, Source]:
@@ -177,11 +178,17 @@ class MixtureSource(Source):
             unknown = torch.full((self.place.batch_size, 5, 2), math.nan)
             known = [unknown[: len(b.images)] if b.landmarks is None else b.landmarks for b in batches]
             landmarks = torch.cat(known)[self.order]
+        weights = None
+        if self.weighs:
+            ones = torch.ones(self.place.batch_size, device=self.place.device)
+            every = [ones[: len(b.images)] if b.weights is None else b.weights for b in batches]
+            weights = torch.cat(every)[self.order.to(self.place.device)]
         return MixedBatch(
             self._images(found),
             MixedRng.join([batch.rng for batch in batches], self.order),
             labels,
             landmarks=landmarks,
+            weights=weights,
             parts={name: (self.where[name], batch) for name, batch in found.items()},
         )
 

@@ -349,14 +349,14 @@ class Objective(nn.Module):
         return self.scores.of_student(student), self.scores.of_teacher(teacher)
 
     def forward(
-        self, student: Output, teacher: Output, labels: Tensor | None = None
+        self, student: Output, teacher: Output, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, and each loss before weighting, detached."""
+        """The scalar to minimise, and each loss before weighting, detached; ``weights [B]`` are those of the faces."""
         student = self._projected(student)
         if self.centering is not None:
             teacher = self.centering(teacher)
         student, teacher = self._scored(student, teacher)
-        terms = {name: loss(student, teacher, labels) for name, loss in self.terms()}
+        terms = {name: loss(student, teacher, labels, weights) for name, loss in self.terms()}
         if self.balance is None:
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         else:

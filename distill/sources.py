@@ -61,6 +61,7 @@ class Batch:
         latents: ``[B, *latent]`` that the faces were made from, where a generator is at hand.
         landmarks: ``[B, 5, 2]`` x and y of eyes, nose tip and mouth corners, in sides of the image from its upper left
             corner, where they are known; not finite for a face without.
+        weights: ``[B]`` of the faces in the losses, from a source that `Source.weighs`.
     """
 
     images: Tensor
@@ -70,11 +71,12 @@ class Batch:
     view: int | None = None
     latents: Tensor | None = None
     landmarks: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass
 class Place:
-    """Where a source works: which process of how many, on what device, for which run."""
+    """Where a source works: which process of how many, on what device, for which run of how many steps."""
 
     seed: int = 0
     batch_size: int = 128
@@ -83,6 +85,7 @@ class Place:
     device: torch.device = CPU
     held_out: int = 0
     piece: slice | None = None
+    steps: int = 0
 
     def share(self) -> slice:
         """The samples of a global batch that are this process's: ``piece``, or an even share."""
@@ -101,11 +104,13 @@ class Source(ABC):
         labelled: whether batches carry labels.
         classes: how many identities the labels name; known after `prepare`.
         real: whether its faces are of real people.
+        weighs: whether batches carry weights of their faces.
     """
 
     labelled = False
     classes = 0
     real = False
+    weighs = False
 
     def people(self) -> list[tuple[str, str | None]]:
         """Whose pictures it trains on, known before `prepare`: benchmarks or folders, and which people of each."""

@@ -28,9 +28,16 @@ class SynthesisSource(Source):
         faces: per round; None for the batch size.
         pool: faces of earlier rounds that are kept, the newest ones, for batches to be drawn from; 0 shows what the
             method draws afresh at each step, for methods that keep a generator.
-        priority: exponent of prioritized replay (SSD-KD): a face of the pool is drawn with a probability proportional
-            to ``(1 - cos)^priority`` of student and teacher when they last saw it; 0 draws all alike. The weights that
-            would make up for it in the loss are not used, nor is the modulating function, which is in the synthesis.
+        priority: exponent of prioritized replay (SSD-KD): a face of the pool is drawn with a probability P proportional
+            to ``(1 - cos)^priority`` of student and teacher when they last saw it; 0 draws all alike.
+        correction: exponents, at the start and the end of the run and linear between, of the weights that make up for
+            it: the term of a face in the losses counts ``(N P)^-exponent`` times, N being the faces in the pool. With
+            1, the expected loss of a batch is the mean over the pool, whatever the priorities. 0 weights nothing.
+
+    Known of SSD-KD (Liu et al., CVPR 2024), whose code was not published: priorities from the divergence of student and
+    teacher, and weights of this form. Chosen: the cosine in the divergence's place, and an exponent that grows (Schaul
+    et al.: Prioritized Experience Replay, ICLR 2016, section 3.4). Left out: dividing by the largest weight, as there,
+    which only makes steps smaller; and the modulating function, which is in the synthesis.
     """
 
     def __init__(
@@ -41,15 +48,21 @@ class SynthesisSource(Source):
         faces: int | None = None,
         pool: int = 0,
         priority: float = 0.0,
+        correction: tuple[float, float] = (0.0, 0.0),
     ):
         if every < 1 or pool < 0 or priority < 0 or (faces is not None and faces < 2):
             raise InputError("source: every must be at least 1, faces at least 2, pool and priority not negative")
         if priority and not pool:
             raise InputError("source: priority needs a pool to choose from")
+        if not all(0 <= exponent <= 1 for exponent in correction):
+            raise InputError(f"source: correction is {list(correction)}; both exponents lie in 0..1")
+        if any(correction) and not priority:
+            raise InputError("source: correction makes up for priority, which is 0: all faces are drawn alike")
         if not pool and not synthesizer.draws:
             raise InputError(f"source: {type(synthesizer).__name__} makes faces in rounds only: set pool to keep them")
         self.synthesizer, self.every, self.faces = synthesizer, every, faces
-        self.pool, self.priority = pool, priority
+        self.pool, self.priority, self.correction = pool, priority, correction
+        self.weighs = any(correction)
         self.rounds, self.stored = 0, 0
         self.kept = torch.empty(0, dtype=torch.uint8)
         self.worth = torch.empty(0)
@@ -80,14 +93,13 @@ class SynthesisSource(Source):
             self.rounds += 1
         samples = torch.arange(step * size, (step + 1) * size)
         mine = samples[self.place.share()]
-        if self.pool:
-            rows = self.choose(Rng.of(seed, "pool", mine))
-            images = self.kept[rows]
-        else:
+        view = Rng.of(seed, "view", mine)
+        if not self.pool:
             # The whole batch, because its faces are normalized together.
-            rows = None
-            images = self.draw("draw", samples)[self.place.share()]
-        return Batch(images, Rng.of(seed, "view", mine), rows=rows)
+            return Batch(self.draw("draw", samples)[self.place.share()], view)
+        rows = self.choose(Rng.of(seed, "pool", mine))
+        weights = self.weights(rows, step) if self.weighs else None
+        return Batch(self.kept[rows], view, rows=rows, weights=weights)
 
     def draw(self, purpose: str, samples: Tensor) -> Tensor:
         return self.synthesizer.draw(Rng.of(self.place.seed, purpose, samples))
@@ -105,10 +117,20 @@ class SynthesisSource(Source):
 
     def choose(self, rng: Rng) -> Tensor:
         """Rows of the pool, ``[len(rng)]``."""
-        held = min(self.stored, self.pool)
-        chance = self.worth[:held].double().pow(self.priority).cumsum(0)
-        wanted = rng.uniform()[:, None].to(chance)[:, 0] * chance[-1]
-        return torch.searchsorted(chance, wanted, right=True).clamp(max=held - 1)
+        upto = self.chances().cumsum(0)
+        wanted = rng.uniform()[:, None].to(upto)[:, 0] * upto[-1]
+        return torch.searchsorted(upto, wanted, right=True).clamp(max=len(upto) - 1)
+
+    def chances(self) -> Tensor:
+        """``[N]``: how likely each face of the pool is drawn, up to a factor."""
+        return self.worth[: min(self.stored, self.pool)].double().pow(self.priority)
+
+    def weights(self, rows: Tensor, step: int) -> Tensor:
+        """``[len(rows)]``: what makes up in the losses for how likely these rows of the pool are drawn."""
+        first, last = self.correction
+        exponent = first + (last - first) * step / max(self.place.steps, 1)
+        chance = self.chances()
+        return (chance[rows] / chance.mean()).pow(-exponent).float()
 
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
         if not self.priority:

@@ -29,6 +29,7 @@ from distill.ensembles import FusedRecognizer, load_teachers
 from distill.finish import finish, load_benchmark, make_record, reals, student_record
 from distill.global_norm import globalize
 from distill.identities import stored
+from distill.losses.base import FaceLoss
 from distill.mixtures import MixtureSource
 from distill.muon import Muon
 from distill.objective import Objective
@@ -115,6 +116,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     untrained = copy.deepcopy(alone(student))
     objective = make_objective(run, student, teacher_net)
     objective.prompts = prompts  # which learn, are averaged over processes and are saved with it
+    check_weights(run, objective)
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
     if notice := run.source.check_framing(teacher_net.spec.framing):
@@ -129,6 +131,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
         accelerator.num_processes,
         device,
         run.validation.faces,
+        steps=run.steps,
     )
     run.source.prepare(place)
     check_labels(run, objective)
@@ -223,7 +226,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 kept = moved if run.teacher_sees == "view" else batch.landmarks
                 seen.features["landmarks"] = kept.to(device, non_blocking=True)
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-            loss, terms = objective(out, seen, labels)
+            loss, terms = objective(out, seen, labels, batch.weights)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
             rate = learning_rate(run.optimizer, step, run.steps)
@@ -459,6 +462,20 @@ def check_labels(run: Run, objective: Objective) -> None:
             f"{wants} needs the mean teacher embedding of each identity: set teacher_cache, and a labelled source "
             "or pseudo_identities"
         )
+
+
+def check_weights(run: Run, objective: Objective) -> None:
+    """Compare the weights of the faces with what the losses can do.
+
+    Raises:
+        InputError: the source gives its faces weights, and a loss cannot take them.
+    """
+    for term, loss in objective.terms():
+        if run.source.weighs and not isinstance(loss, FaceLoss):
+            raise InputError(
+                f"losses.{term}: {type(loss).__name__} is no mean over single faces, and cannot weight them as this "
+                "source asks; use another loss, or set the source's correction to [0, 0]"
+            )
 
 
 def mirrored(run: Run, objective: Objective) -> list[str]:

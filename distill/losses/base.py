@@ -16,9 +16,9 @@ from faceless.recognizer import Output
 class Loss(nn.Module, ABC):
     """A number that says how far the student is from the teacher.
 
-    Subclasses write `compute`, which is called outside autocast, with embeddings in float32 or better and a teacher
-    that carries no gradient. What a loss remembers lives in buffers and parameters, and changes in training mode only.
-    Too few samples give a zero that is connected to the student, never NaN.
+    Subclasses write `compute` (a `FaceLoss`: `each`), called outside autocast, with embeddings in float32 or
+    better and a teacher that carries no gradient. What a loss remembers lives in buffers and parameters, and changes in
+    training mode only. Too few samples give a zero that is connected to the student, never NaN.
 
     Over processes: a loss of single samples is the mean over the process's own batch, which DDP averages; batches of
     equal size per process therefore give what one process would. A loss of pairs gathers first, and is equal on every
@@ -43,15 +43,18 @@ class Loss(nn.Module, ABC):
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
 
-    def forward(self, student: Output, teacher: Output, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, student: Output, teacher: Output, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Scalar loss of a batch.
 
         Args:
             student, teacher: embeddings ``[B, Ds]`` and ``[B, Dt]`` of any norm and floating type.
             labels: ``[B]`` int64, for losses that say `needs_labels`.
+            weights: ``[B]``, one for each face, whose term it multiplies; the mean stays over B. None weights nothing.
 
         Raises:
-            ValueError: shapes that do not fit, or labels missing.
+            ValueError: shapes that do not fit, labels missing, or weights for a loss that is no `FaceLoss`.
         """
         S, T = student.embedding, teacher.embedding
         if S.ndim != 2 or T.ndim != 2 or len(S) != len(T):
@@ -64,8 +67,13 @@ class Loss(nn.Module, ABC):
         if self.needs_logits and (student.logits is None or teacher.logits is None):
             raise ValueError(f"{type(self).__name__} needs logits of student and teacher")
         dtype = torch.promote_types(torch.promote_types(S.dtype, T.dtype), torch.float32)
+        if weights is not None and weights.shape != S.shape[:1]:
+            raise ValueError(f"weights are [{len(S)}] for this batch, got {list(weights.shape)}")
         with torch.autocast(S.device.type, enabled=False):
-            return self.compute(_precise(student, dtype), _precise(teacher, dtype, constant=True), labels)
+            student, teacher = _precise(student, dtype), _precise(teacher, dtype, constant=True)
+            if weights is None:
+                return self.compute(student, teacher, labels)
+            return mean(self.each(student, teacher) * weights)
 
     def prepare(self, student: Output, teacher: Output) -> None:
         """Build what depends on the shapes of the two outputs, before an optimizer or a checkpoint asks for it.
@@ -77,6 +85,21 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         """The formula of the class, on embeddings made ready by `forward`."""
+
+    def each(self, student: Output, teacher: Output) -> Tensor:
+        """``[B]``: the terms that a `FaceLoss` is the mean of; any other loss has none, and cannot weight faces."""
+        raise ValueError(f"{type(self).__name__} is no mean over single faces, and cannot weight them")
+
+
+class FaceLoss(Loss):
+    """A loss that is the mean of one term for each face, which subclasses write in `each`; it can weight the faces."""
+
+    @abstractmethod
+    def each(self, student: Output, teacher: Output) -> Tensor:
+        """The formula of the class for each face, ``[B]``, on embeddings made ready by `forward`."""
+
+    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+        return mean(self.each(student, teacher))
 
 
 def _precise(output: Output, dtype: torch.dtype, constant: bool = False) -> Output:

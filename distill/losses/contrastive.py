@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.gather import gather
-from distill.losses.base import Loss, mean, one_of, positive, same_dim
+from distill.losses.base import FaceLoss, Loss, mean, one_of, positive, same_dim
 from distill.memory import EmbeddingMemory
 from faceless.randomness import Rng
 from faceless.recognizer import Output
 
 
-class QUD(Loss):
+class QUD(FaceLoss):
     """Contrast each student embedding with a queue of earlier teacher embeddings.
 
     Cross-entropy over [s.t, s.Q] / temperature with the first as target: the teacher's embedding of the same face
@@ -62,7 +62,7 @@ class QUD(Loss):
         self.same_person = same_person
         self.negatives = EmbeddingMemory(queue_size, embedding_dim, initial=initial, seed=seed or 0)
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         s, t = (F.normalize(x) for x in same_dim(student, teacher))
         cosines = self.negatives.products(s)
         divisor = self.divisor(t)
@@ -72,7 +72,7 @@ class QUD(Loss):
             self._remember(t)  # after the negatives were read: a face is never its own negative
         logits = torch.cat(((s * t).sum(1, keepdim=True), cosines), 1) / divisor
         first = torch.zeros(len(s), dtype=torch.int64, device=s.device)
-        return mean(F.cross_entropy(logits, first, reduction="none"))
+        return F.cross_entropy(logits, first, reduction="none")
 
     def divisor(self, t: Tensor) -> Tensor | float:
         """Temperature for a batch of the teacher's unit embeddings."""

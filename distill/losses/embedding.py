@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.gather import processes
-from distill.losses.base import Loss, mean, one_of, same_dim
+from distill.losses.base import FaceLoss, one_of, same_dim
 from faceless.recognizer import Output
 
 
@@ -89,7 +89,7 @@ class Centering(nn.Module):
         return replace(teacher, embedding=T - self.mean)
 
 
-class CosineEmbedding(Loss):
+class CosineEmbedding(FaceLoss):
     """Turn each student embedding towards the teacher's: mean of 1 - cos.
 
     The plainest loss that ignores norms. Half of `FeatureL2` in its ``"unit"`` form.
@@ -102,12 +102,12 @@ class CosineEmbedding(Loss):
     tensor(0.)
     """
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         S, T = same_dim(student, teacher)
-        return mean(1 - (F.normalize(S) * F.normalize(T)).sum(1))
+        return 1 - (F.normalize(S) * F.normalize(T)).sum(1)
 
 
-class FeatureL2(Loss):
+class FeatureL2(FaceLoss):
     """Squared distance between student and teacher embeddings.
 
     The three forms differ by constants that published weights hide, so a weight belongs to its form.
@@ -132,9 +132,9 @@ class FeatureL2(Loss):
         super().__init__()
         self.form = one_of(("raw", "unit", "unit-mean"), form=form)
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         S, T = same_dim(student, teacher)
         if self.form != "raw":
             S, T = F.normalize(S), F.normalize(T)
         squares = (S - T).square()
-        return mean(squares.sum(1) if self.form == "unit" else squares)
+        return squares.sum(1) if self.form == "unit" else squares.mean(1)

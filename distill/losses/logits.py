@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.losses.base import Loss, labeled_mean, mean, positive
+from distill.losses.base import FaceLoss, Loss, labeled_mean, positive
 from distill.losses.margin import check_labels
 from faceless.recognizer import Output
 
@@ -82,7 +82,7 @@ class ClassScores(nn.Module):
             return self.scale * F.normalize(x.to(dtype)) @ F.normalize(centers.to(dtype)).T
 
 
-class LogitKD(Loss):
+class LogitKD(FaceLoss):
     """Match the softened class probabilities: T^2 KL(softmax(z_T / T) || softmax(z_S / T)), mean over the batch.
 
     No labels. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, section 2.
@@ -107,9 +107,9 @@ class LogitKD(Loss):
         super().__init__()
         self.temperature = positive(temperature=temperature)
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         z_s, z_t = ((z / self.temperature).log_softmax(1) for z in both_scores(student, teacher))
-        return self.temperature**2 * mean(divergence(z_t, z_s))
+        return self.temperature**2 * divergence(z_t, z_s)
 
 
 class DKD(Loss):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses.base import Loss, mean, one_of, positive, same_dim
+from distill.losses.base import FaceLoss, one_of, positive, same_dim
 from faceless.recognizer import Output
 
 LEAST = 1e-4  # of a norm, so that its logarithm stays finite
@@ -40,7 +40,7 @@ def resultant_length(k: Tensor, dim: int) -> Tensor:
     return k / (q + u) - 0.5 * k / q.square() + correction
 
 
-class VonMisesFisher(Loss):
+class VonMisesFisher(FaceLoss):
     """Match a teacher's distribution on the sphere: its direction, and how concentrated it is.
 
     Both embeddings are natural parameters: direction mu and concentration k = ``concentration`` times the norm. The
@@ -76,7 +76,7 @@ class VonMisesFisher(Loss):
         self.beta = positive(beta=beta)
         self.concentration = positive(concentration=concentration)
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         S, T = same_dim(student, teacher)
         dim = S.shape[1]
         if self.form == "kl" and dim < 3:
@@ -92,4 +92,4 @@ class VonMisesFisher(Loss):
             k_s, k_t = self.concentration * k_s, self.concentration * k_t
             terms = log_normalizer(k_t, dim) - log_normalizer(k_s, dim)
             terms = terms + resultant_length(k_t, dim) * (k_t - k_s * cosine)
-        return mean(torch.where(known, terms, 0))
+        return torch.where(known, terms, 0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses.base import Loss, mean, positive, same_dim
+from distill.losses.base import FaceLoss, Loss, mean, positive, same_dim
 from distill.losses.margin import SphereFace2
 from distill.memory import EmbeddingMemory
 from faceless.recognizer import Output
 
 
-class ILED(Loss):
+class ILED(FaceLoss):
     """Pull student embeddings to the teacher's, hard faces more (instance-level embedding distillation).
 
     Mean of (1 - c) softplus(scale (target - c) + bias) / scale, c being the cosine: steeper than `CosineEmbedding`
@@ -41,12 +41,12 @@ class ILED(Loss):
         self.bias = bias
         self.weighted = weighted
 
-    def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
+    def each(self, student: Output, teacher: Output) -> Tensor:
         S, T = same_dim(student, teacher)
         cosines = (F.normalize(S) * F.normalize(T)).sum(1)
         scale, target = self.shape(cosines)
         terms = F.softplus(scale * (target - cosines) + self.bias) / scale
-        return mean((1 - cosines) * terms if self.weighted else terms)
+        return (1 - cosines) * terms if self.weighted else terms
 
     def shape(self, cosines: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Scale and target for a batch."""

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distill.losses
-from distill.losses.base import Loss
+from distill.losses.base import FaceLoss, Loss
 from distill.losses.margin import sampled_classes
 from distill.losses.relational import SimilarityToMemory
 from faceless.recognizer import Output
-from tests.distill.every_loss import ANY_DIM, EVERY, HEADS, STRAIGHT_THROUGH, faces, value
+from tests.distill.every_loss import ANY_DIM, EVERY, HEADS, STRAIGHT_THROUGH, faces, output, value
 
 every = pytest.mark.parametrize("name", EVERY)
 
@@ -253,6 +253,24 @@ def test_training_on_it_moves_the_student_to_the_teacher(name):
         value(loss, x @ W, x @ M, (x @ M).argmax(1)).backward()
         optimizer.step()
     assert distance() < 0.3 * first
+
+
+@every
+def test_weights_multiply_the_term_of_a_face_or_are_refused(name):
+    """The term of a face is the loss of that face alone; what is no mean of such terms has none to weight."""
+    loss = after(name, 7).double().eval()
+    S, T, labels = faces(6, 7, 5, torch.float64)
+    weights = torch.tensor([0.0, 0.5, 1.0, 2.0, 7.0, 1e-3], dtype=torch.float64)
+    if not isinstance(loss, FaceLoss):
+        labels = labels.clamp(max=5)
+        with pytest.raises(ValueError, match=f"{type(loss).__name__} is no mean over single faces"):
+            loss(output(S), output(T), labels, weights)
+        return
+    terms = torch.stack([value(loss, S[i : i + 1], T[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(loss(output(S), output(T), weights=weights), (weights * terms).sum() / 6)
+    torch.testing.assert_close(loss(output(S), output(T), weights=torch.ones(6)), value(loss, S, T))
+    with pytest.raises(ValueError, match="weights are"):
+        loss(output(S), output(T), weights=weights[:3])
 
 
 @every

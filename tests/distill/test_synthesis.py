@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import faceless
+from distill.losses.embedding import CosineEmbedding
+from distill.mixtures import MixtureSource, Part
+from distill.objective import Objective
 from distill.sources import Batch, Place
 from distill.synthesis import SynthesisSource
 from distill.train import main
@@ -36,8 +40,8 @@ def source(kind: str, rank: int = 0, processes: int = 1) -> SynthesisSource:
         made = SynthesisSource(synthesizer=method, every=2)
     else:
         method = LatentInversion(**SMALL, statistics=1.0, category=1.0, iterations=1, momentum=0.9)
-        made = SynthesisSource(synthesizer=method, every=2, faces=6, pool=15, priority=1.0)
-    made.prepare(Place(seed=3, batch_size=8, rank=rank, processes=processes))
+        made = SynthesisSource(synthesizer=method, every=2, faces=6, pool=15, priority=1.0, correction=(0.4, 1.0))
+    made.prepare(Place(seed=3, batch_size=8, rank=rank, processes=processes, steps=10))
     made.watch(network(0), network(1))
     return made
 
@@ -51,7 +55,7 @@ def judged(batch: Batch) -> tuple[Output, Output]:
 def test_stopped_at_any_step_and_split_over_processes(kind: str) -> None:
     whole = source(kind)
     halves = [source(kind, rank, 2) for rank in range(2)]
-    states, images = [], []
+    states, images, weights = [], [], []
     for step in range(6):
         states.append({key: value.clone() for key, value in whole.state_dict().items()})
         batch = whole.batch(step)
@@ -59,6 +63,9 @@ def test_stopped_at_any_step_and_split_over_processes(kind: str) -> None:
         parts = [half.batch(step) for half in halves]
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
         assert torch.equal(torch.cat([part.rng.indices for part in parts]), batch.rng.indices)
+        if kind == "pool":
+            weights.append(batch.weights)
+            assert torch.equal(torch.cat([part.weights for part in parts]), batch.weights)
         whole.feedback(batch, *judged(batch))
         for half in halves:  # what two processes would gather
             half.worth = whole.worth.clone()
@@ -66,7 +73,9 @@ def test_stopped_at_any_step_and_split_over_processes(kind: str) -> None:
         resumed = source(kind)
         resumed.load_state_dict(states[step])
         assert torch.equal(resumed.batch(step).images, images[step])
-        assert torch.equal(resumed.batch(step).images, images[step])  # asked again
+        again = resumed.batch(step)  # asked again
+        assert torch.equal(again.images, images[step])
+        assert kind == "drawn" or torch.equal(again.weights, weights[step])
     assert not torch.equal(images[0], images[1])
     assert whole.student.training
 
@@ -80,6 +89,73 @@ def test_the_pool_holds_the_newest_and_favors_what_is_worth_it() -> None:
     drawn = made.choose(Rng.of(0, "test", range(4000)))
     assert set(drawn.tolist()) == {4, 9}
     assert abs((drawn == 9).float().mean() - 0.75) < 0.03
+
+
+def replayed(worth: list[float], priority: float = 0.7) -> SynthesisSource:
+    made = source("pool")
+    made.priority, made.stored = priority, len(worth)
+    made.worth[: len(worth)] = torch.tensor(worth)
+    return made
+
+
+def test_weights_make_up_for_what_is_drawn_more_often() -> None:
+    """(N P)^-exponent, which grows from 0.4 to 1 over the run's ten steps; 1 leaves nothing of the priorities."""
+    worth = [0.1, 1.3, 0.02, 0.5, 1e-3]
+    made, rows = replayed(worth), torch.arange(5)
+    chance = np.array(worth) ** 0.7 / (np.array(worth) ** 0.7).sum()
+    for step, exponent in ((0, 0.4), (5, 0.7), (10, 1.0)):
+        np.testing.assert_allclose(made.weights(rows, step), (5 * chance) ** -exponent, rtol=1e-5)
+    terms = np.array([3.0, -1.0, 4.0, 1.0, 5.0])
+    assert (chance * made.weights(rows, 10).numpy() * terms).sum() == pytest.approx(terms.mean(), rel=1e-5)
+    assert (chance * terms).sum() != pytest.approx(terms.mean(), rel=0.1)
+
+
+def test_the_expected_gradient_is_that_of_the_whole_pool() -> None:
+    """Each drawn face moves the student by its weight; over many draws that is the gradient of the plain mean."""
+    made = replayed([0.2, 1.3, 0.05, 0.5])
+    numbers = torch.Generator().manual_seed(0)
+    faces, teacher = (torch.randn(4, 6, generator=numbers, dtype=torch.float64) for _ in range(2))
+    objective = Objective({"cosine": CosineEmbedding()}, {"cosine": 1.0}, student_dim=6, teacher_dim=6)
+
+    def gradient(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        net = torch.eye(6, dtype=torch.float64, requires_grad=True)
+        loss, _ = objective(Output(faces[rows] @ net), Output(teacher[rows]), None, weights)
+        return torch.autograd.grad(loss, net)[0]
+
+    drawn = made.choose(Rng.of(0, "test", range(200_000)))
+    whole = gradient(torch.arange(4))
+    error = (gradient(drawn, made.weights(drawn, 10)) - whole).norm() / whole.norm()
+    assert error < 0.02 < (gradient(drawn) - whole).norm() / whole.norm() / 5
+
+
+def test_a_loss_that_cannot_weight_faces_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    faceless.save(network(0), tmp_path / "teacher")
+    given = {
+        "config": "distill/recipes/data_free_ssd.yaml",
+        "teacher": tmp_path / "teacher",
+        "output": tmp_path / "run",
+    }
+    loss = {"loss": {"class_path": "distill.losses.relational.RKDDistance"}}
+    given |= {"verification.benchmark": "null", "losses": json.dumps({"relations": loss})}
+    with pytest.raises(InputError, match=r"losses\.relations: RKDDistance is no mean over single faces.*correction"):
+        main([text for key, value in given.items() for text in (f"--{key}", str(value))])
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_a_mixture_are_those_of_the_part() -> None:
+    synthesis = source("pool")
+    drawn = GeneratorTraining(**SMALL, category=1.0)
+    parts = {"made": Part(synthesis, 0.5), "drawn": Part(SynthesisSource(synthesizer=drawn), 0.5)}
+    mixed = MixtureSource(parts=parts)
+    assert mixed.weighs
+    mixed.prepare(Place(seed=3, batch_size=8, steps=10))
+    mixed.watch(network(0), network(1))
+    mixed.batch(0)
+    synthesis.worth[:6] = torch.linspace(0.1, 1.0, 6)
+    batch = mixed.batch(0)
+    where, part = batch.parts["made"]
+    assert torch.equal(batch.weights[where], part.weights) and len(set(part.weights.tolist())) > 1
+    assert (batch.weights[batch.parts["drawn"][0]] == 1).all()
 
 
 def test_feedback_is_the_cosine_distance() -> None:
@@ -102,6 +178,8 @@ def test_feedback_is_the_cosine_distance() -> None:
     [
         ({"every": 0}, "every must be"),
         ({"priority": 1.0}, "priority needs a pool"),
+        ({"pool": 4, "correction": (0.0, 1.0)}, "makes up for priority"),
+        ({"pool": 4, "priority": 1.0, "correction": (0.0, 1.5)}, "lie in 0..1"),
         ({"synthesizer": LatentInversion(**SMALL)}, "set pool"),
     ],
 )
@@ -115,7 +193,7 @@ def test_faces_that_do_not_exist_yet_cannot_be_held_out() -> None:
         SynthesisSource(synthesizer=GeneratorTraining(**SMALL)).prepare(Place(held_out=4))
 
 
-@pytest.mark.parametrize("recipe", ["data_free_dafl", "data_free_fast"])
+@pytest.mark.parametrize("recipe", ["data_free_dafl", "data_free_fast", "data_free_ssd"])
 def test_a_run_from_nothing_but_a_teacher_resumes_exactly(tmp_path: Path, recipe: str) -> None:
     faceless.save(network(0), tmp_path / "teacher")
 
@@ -136,7 +214,7 @@ def test_a_run_from_nothing_but_a_teacher_resumes_exactly(tmp_path: Path, recipe
             "tensorboard": "false",
             "threads": 1,
         }
-        if recipe == "data_free_fast":
+        if recipe != "data_free_dafl":
             arguments |= {f"{init}.faces": 4, f"{init}.pool": 16, f"{init}.every": 2}
         main([text for key, value in arguments.items() for text in (f"--{key}", str(value))] + list(more))
         return faceless.load(tmp_path / name / "student").state_dict()
