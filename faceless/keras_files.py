@@ -1,12 +1,17 @@
-"""Weights of Keras models in HDF5 files, as GhostFaceNets publishes them; nothing in them is built or run.
+"""Weights of Keras models, as GhostFaceNets publishes them; nothing in them is built or run.
 
 A model that Keras saved as ``.h5`` holds a description, which is not read (it may hold marshalled code), and a group of
-arrays for each layer.
+arrays for each layer. Keras 3 numbers layers and arrays, in ``.weights.h5`` and in the archive ``.keras``, of whose
+description the kinds and names of layers are read as text, and nothing else.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,16 @@ from faceless.backbones.ghostfacenet import BOTTLENECKS, LAST_OF_V2, GhostFaceNe
 from faceless.errors import InputError
 
 MAX_ENTRIES, MAX_NUMBERS = 20_000, 1 << 28
+#: What Keras 3 puts into an archive, and how many bytes of it are enough for any recognizer and its optimizer.
+MEMBERS = {"metadata.json": 1 << 20, "config.json": 1 << 26, "model.weights.h5": 1 << 32}
+#: Keras 3's names of kinds of layers, and the arrays that it numbers.
+VARIABLES = {
+    "conv2d": ("kernel", "bias"),
+    "depthwise_conv2d": ("depthwise_kernel", "bias"),
+    "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "p_re_lu": ("alpha",),
+    "dense": ("kernel", "bias"),
+}
 #: What Keras calls the parameters and statistics of layers, and what PyTorch does.
 NAMES = {
     "kernel": "weight",
@@ -82,30 +97,90 @@ def read(path: Path) -> Layers:
         import h5py
     except ImportError as error:
         raise InputError(f"{path}: weights of Keras need h5py; pip install faceless-distill[keras]") from error
-    layers: Layers = {}
-    total = 0
     try:
-        with h5py.File(path, "r") as file:
-            top = file
-            if "model_weights" in file and isinstance(file.get("model_weights", getlink=True), h5py.HardLink):
-                top = file["model_weights"]
-            for names, array in _arrays(top, h5py):
-                if len(names) < 2 or "optimizer_weights" in names:
-                    continue
-                total += array.size
-                # A file could name numbers that it does not hold, or that unfold to any amount.
-                if array.dtype.kind != "f" or array.size * array.dtype.itemsize != array.id.get_storage_size():
-                    raise InputError(f"{path}: {'/'.join(names)[:80]} is no plain array of numbers")
-                if total > MAX_NUMBERS:
-                    raise InputError(f"{path}: holds more numbers than any recognizer has")
-                values = torch.from_numpy(array[()].astype("float32"))
-                layers.setdefault(names[0], {})[names[-1].partition(":")[0]] = values
+        source, called = _unpacked(path) if path.suffix == ".keras" else (path, None)
+        with h5py.File(source, "r") as file:
+            layers = _layers(file, called, path, h5py)
     except InputError:
         raise
-    except Exception as error:  # h5py raises many types for a damaged file
-        raise InputError(f"{path}: not readable as weights of Keras ({type(error).__name__}: {error})") from error
+    except Exception as error:  # h5py and zipfile raise many types for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not readable as weights of Keras ({type(error).__name__}: {reason})") from error
     if not layers:
         raise InputError(f"{path}: holds no layers of Keras")
+    return layers
+
+
+def _unpacked(path: Path) -> tuple[io.BytesIO, dict[str, str]]:
+    """The HDF5 file in an archive of Keras 3, and the names of the layers that it numbers; nothing is extracted."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if sorted(names) != sorted(MEMBERS):
+            held = ", ".join(repr(name[:40]) for name in names[:5]) or "nothing"
+            raise InputError(f"{path}: holds {held}; Keras 3 writes {', '.join(MEMBERS)}, each once")
+        for entry in archive.infolist():
+            # Compressed, little could unfold to much; what is stored is no larger than the file.
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise InputError(f"{path}: {entry.filename} is compressed, which Keras never does")
+            if entry.file_size > MEMBERS[entry.filename]:
+                raise InputError(f"{path}: {entry.filename} is larger than that of any recognizer")
+        description = json.loads(archive.read("config.json"))
+        return io.BytesIO(archive.read("model.weights.h5")), _called(description)
+
+
+def _called(description: Any) -> dict[str, str]:
+    """Names of layers by where Keras 3 keeps them: after their class, numbered in the order of the network.
+
+    >>> kinds = [("Conv2D", "stem"), ("PReLU", "act"), ("Conv2D", "last")]
+    >>> _called({"config": {"layers": [{"class_name": kind, "config": {"name": name}} for kind, name in kinds]}})
+    {'conv2d': 'stem', 'p_re_lu': 'act', 'conv2d_1': 'last'}
+    """
+    found: dict[str, str] = {}
+    made: Counter[str] = Counter()
+    for layer in description["config"]["layers"]:
+        kind = re.sub(r"\W+", "", layer["class_name"])
+        kind = re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
+        found[f"{kind}_{made[kind]}" if made[kind] else kind] = str(layer["config"]["name"])
+        made[kind] += 1
+    if len(set(found.values())) != len(found):
+        raise ValueError("two layers have one name")
+    return found
+
+
+def _layers(file: Any, called: Mapping[str, str] | None, path: Path, h5py: Any) -> Layers:
+    """The arrays of a file by layer; ``called`` names those that Keras 3 numbers, else the file itself does."""
+    top = file
+    if "model_weights" in file and isinstance(file.get("model_weights", getlink=True), h5py.HardLink):
+        top = file["model_weights"]
+    numbered = called is not None or "layers" in top
+    layers: Layers = {}
+    total = 0
+    for names, array in _arrays(top, h5py):
+        # States of optimizers, metrics and random generators.
+        if len(names) < 2 or {"optimizer_weights", "seed_generator"} & set(names):
+            continue
+        if numbered and names[0] != "layers":
+            continue
+        layer, key = names[0], names[-1].partition(":")[0]
+        if numbered:
+            if names[2:-1] != ["vars"]:
+                raise ValueError(f"{'/'.join(names)[:80]!r} is of a network in a network")
+            place = names[1]
+            name = array.parent.attrs.get("name") if called is None else called.get(place)
+            if not isinstance(name, str):
+                raise ValueError(f"{place[:80]!r} has no name; save the model as .keras")
+            layer = name
+            key = dict(zip("0123", VARIABLES.get(re.sub(r"_\d+$", "", place), ()))).get(key, key)
+        total += array.size
+        # A file could name numbers that it does not hold, or that unfold to any amount.
+        if array.dtype.kind != "f" or array.size * array.dtype.itemsize != array.id.get_storage_size():
+            raise InputError(f"{path}: {'/'.join(names)[:80]} is no plain array of numbers")
+        if total > MAX_NUMBERS:
+            raise InputError(f"{path}: holds more numbers than any recognizer has")
+        arrays = layers.setdefault(layer, {})
+        if key in arrays:
+            raise ValueError(f"{layer[:80]!r} has {key[:80]!r} twice")
+        arrays[key] = torch.from_numpy(array[()].astype("float32"))
     return layers
 
 

@@ -313,12 +313,14 @@ def write(recognizer: Recognizer, path: Path, description: str) -> None:
     """Write the file of `faceless.export_onnx`; ``description`` is JSON about the recognizer.
 
     Raises:
-        InputError: onnx is not installed, or the disk is full.
+        InputError: onnx is not installed, the network is larger than an ONNX file can be, or the disk is full.
     """
     try:
         import onnx
     except ImportError as error:
         raise InputError(f"{path}: {NEEDS}") from error
+    if (size := sum(tensor.nbytes for tensor in recognizer.backbone.state_dict().values())) > MAX_BYTES:
+        raise InputError(f"{path}: {size} bytes of weights are more than an ONNX file can have; write safetensors")
     network, spec = copy.deepcopy(recognizer).cpu().float().eval(), recognizer.spec
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # About the exporter's successor, which takes ten times as long and spreads each BatchNorm over six nodes.

@@ -44,7 +44,8 @@ from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
 PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
 SUPPORTED = (
-    ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .h5 (Keras), .dat (dlib)"
+    ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .h5 .keras (Keras), "
+    ".dat (dlib)"
 )
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError)
@@ -127,7 +128,8 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
     Args:
         source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of a network we know, see
             docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's ``.ckpt``; ``.safetensors`` of ours;
-            ``.onnx``; GhostFaceNet's ``.h5``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+            ``.onnx``; GhostFaceNet's ``.h5`` and ``.keras``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder
+            written by `save`.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
         runtime: leave an ``.onnx`` file to onnxruntime, without gradients, even where it could become a network here.
         options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``);
@@ -190,7 +192,7 @@ def _load_file(path: Path, options: Mapping[str, Any], runtime: bool) -> Recogni
         return _load_safetensors(path, options)
     if path.suffix == ".onnx":
         return _load_onnx(path, options, runtime)
-    if path.suffix == ".h5":
+    if path.suffix in (".h5", ".keras"):
         name, known, state = keras_files.ghostfacenet(path, options)
         return _assemble(name, known.pop("embedding_dim"), known.pop("input_size"), known, state, path)
     if path.suffix in (".pth", ".pt", ".pt2", ".ckpt"):

@@ -23,6 +23,7 @@ VITS = {
     "vit-s": (9, 512, 12, 8, 4),
     "vit-b": (9, 512, 24, 8, 4),
     "vit-l": (9, 768, 24, 8, 4),
+    "vit-h": (9, 1024, 48, 8, 4),
     "cvlface-vit-small": (8, 512, 12, 8, 5),
     "cvlface-vit-base": (8, 512, 24, 16, 3),
 }
@@ -105,8 +106,8 @@ class ViT(nn.Module):
     Raises:
         ValueError: a picture smaller than a patch.
 
-    With 512 dimensions at 112 pixels: 19,137,792, 76,023,296 and 113,833,472 parameters for vit-t, vit-s and vit-b;
-    95,952,384 and 114,869,760 for CVLface's.
+    With 512 dimensions at 112 pixels: 19,137,792, 76,023,296, 113,833,472, 255,684,352 and 756,393,984 parameters for
+    vit-t, vit-s, vit-b, vit-l and vit-h; 95,952,384 and 114,869,760 for CVLface's.
     """
 
     positions: Tensor

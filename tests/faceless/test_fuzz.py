@@ -8,11 +8,13 @@ A few examples run in CI. 100,000 of them, by hand:
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import resource
 import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eval.benchmarks import pairs
-from faceless import assets, restricted_pickle
+from faceless import assets, keras_files, restricted_pickle
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.errors import InputError
 from faceless.restricted_pickle import ARRAYS, TENSORS
@@ -154,6 +156,14 @@ def mutated(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(data)
 
 
+json_values = st.recursive(
+    st.none() | st.integers() | st.text(max_size=4) | st.sampled_from(["Conv2D", "stem"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["config", "layers", "class_name", "name"]), inner)
+    ),
+    max_leaves=8,
+)
 programs = st.lists(st.sampled_from(HOSTILE + OPCODES), max_size=25).map(lambda parts: b"".join(parts) + b".")
 
 
@@ -244,6 +254,47 @@ def test_dlib_networks(shared_memory, dat, number, changes):
     path = shared_memory / "x.dat"
     path.write_bytes(mutated(dat[number], changes))
     assert not judged(lambda: read_dat(path))  # cut as they are, they never are whole
+
+
+@pytest.fixture(scope="module")
+def archive(shared_memory) -> bytes:
+    """Of Keras 3, with one layer; the checksums of the archive keep what is altered away from the HDF5 library."""
+    h5py = pytest.importorskip("h5py")
+    path, stream = shared_memory / "x.keras", io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        file["layers/conv2d/vars/0"] = np.ones((1, 1, 3, 2), "f4")
+    layer = b'{"config": {"layers": [{"class_name": "Conv2D", "config": {"name": "stem"}}]}}'
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in (
+            ("metadata.json", b"{}"),
+            ("config.json", layer),
+            ("model.weights.h5", stream.getvalue()),
+        ):
+            file.writestr(name, content)
+    content = path.read_bytes()
+    assert list(keras_files.read(path)) == ["stem"]
+    path.write_bytes(content[:-30])
+    with suppress(InputError):
+        keras_files.read(path)
+    return content
+
+
+@many
+@given(changes=edits)
+def test_archives_of_keras(shared_memory, archive, changes):
+    path = shared_memory / "x.keras"
+    path.write_bytes(mutated(archive, changes))
+    judged(lambda: keras_files.read(path))
+
+
+@many
+@given(description=st.binary(max_size=30) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_descriptions_of_keras(shared_memory, archive, description):
+    path = shared_memory / "y.keras"
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, description if name == "config.json" else old.read(name))
+    judged(lambda: keras_files.read(path))
 
 
 def test_seeds_are_read_and_memory_stayed_small():

@@ -1,5 +1,9 @@
 """Files of Keras: what is read, and what is refused. With Keras itself: tests/faceless/test_official.py."""
 
+import io
+import json
+import zipfile
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +61,58 @@ def written(path, arrays, top="model_weights"):
         for (layer, key), value in arrays.items():
             file[f"{top}/{layer}/{layer}/{key}:0"] = value
     return path
+
+
+#: What Keras 3 calls classes of layers, and the order of their arrays.
+CLASSES = {
+    "kernel": ("Conv2D", "conv2d", ["kernel", "bias"]),
+    "depthwise_kernel": ("DepthwiseConv2D", "depthwise_conv2d", ["depthwise_kernel", "bias"]),
+    "gamma": ("BatchNormalization", "batch_normalization", ["gamma", "beta", "moving_mean", "moving_variance"]),
+    "alpha": ("PReLU", "p_re_lu", ["alpha"]),
+}
+
+
+def of_keras_3(arrays, named):
+    """The HDF5 file and the description that Keras 3 writes; its numbers are not those in the names of layers."""
+    stream, made, described = io.BytesIO(), {}, [{"class_name": "InputLayer", "config": {"name": "input"}}]
+    with h5py.File(stream, "w") as file:
+        for name, first in reversed(arrays):
+            if first not in CLASSES:
+                continue
+            kind, place, order = CLASSES[first]
+            number = made[place] = made.get(place, -1) + 1
+            group = file.create_group(f"layers/{place}_{number}/vars" if number else f"layers/{place}/vars")
+            for index, key in enumerate(key for key in order if (name, key) in arrays):
+                group[str(index)] = arrays[name, key]
+            if named:
+                group.attrs["name"] = name
+            described.append({"class_name": kind, "config": {"name": name, "function": "gASVcode"}})
+        file["layers/dropout/seed_generator/vars/0"] = [1, 2]
+        file["optimizer/vars/0"] = 7
+    return stream.getvalue(), {"config": {"layers": described}}
+
+
+def archived(path, weights, description, **members):
+    text = description if isinstance(description, str) else json.dumps(description)
+    members = {"metadata.json": "{}", "config.json": text, "model.weights.h5": weights} | members
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_archives_and_weights_of_keras_3(tmp_path):
+    net = network()
+    archive = archived(tmp_path / "net.keras", *of_keras_3(layers(net), named=False))
+    (tmp_path / "net.weights.h5").write_bytes(of_keras_3(layers(net), named=True)[0])
+    images = Rng.of(0, "faces", range(2)).integers(256, 3, 32, 32).byte()
+    for file in (archive, tmp_path / "net.weights.h5"):
+        found = faceless.load(file)
+        assert (found.name, found.spec) == ("ghostfacenet", net.spec)
+        assert torch.equal(found.embed(images), net.embed(images))
+    (tmp_path / "net.weights.h5").write_bytes(of_keras_3(layers(net), named=False)[0])
+    with pytest.raises(InputError, match=r"has no name; save the model as \.keras"):
+        faceless.load(tmp_path / "net.weights.h5")
 
 
 @pytest.mark.parametrize("top", ["model_weights", ""])
@@ -149,6 +205,100 @@ def test_no_hdf5(tmp_path):
         (tmp_path / "x.h5").write_bytes(content)
         with pytest.raises(InputError, match="not readable as weights of Keras"):
             faceless.load(tmp_path / "x.h5")
+
+
+def packed(path, compression=zipfile.ZIP_STORED, leave_out=None, twice=None, **others):
+    members = {"metadata.json": b"{}", "config.json": b'{"config": {"layers": []}}', "model.weights.h5": b"", **others}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            if name != leave_out:
+                archive.writestr(name, content)
+        if twice:
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                archive.writestr(twice, b"other")
+
+
+def hdf5(spoil):
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        spoil(file)
+    return stream.getvalue()
+
+
+def virtual(file):
+    layout = h5py.VirtualLayout((4,), "f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (4,))
+    file.create_virtual_dataset("layers/conv2d/vars/0", layout)
+
+
+def external(file):
+    file.create_dataset("layers/conv2d/vars/0", (4,), "f4", external=[("/etc/passwd", 0, 16)])
+
+
+def nested(file):
+    file["layers/functional/layers/conv2d/vars/0"] = torch.ones(4).numpy()
+
+
+def unnamed(file):
+    file["layers/conv2d/vars/0"] = torch.ones(4).numpy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"../../etc/cron": b"x"}, r", '\.\./\.\./etc/cron'; Keras 3 writes metadata\.json, config\.json, model"),
+        ({"model.weights.npz": b"x"}, "'model.weights.npz'; Keras 3 writes"),
+        ({"leave_out": "config.json"}, "holds 'metadata.json', 'model.weights.h5'; Keras 3"),
+        ({"twice": "config.json"}, "'config.json'; Keras 3 writes metadata.json, .*, each once"),
+        ({"compression": zipfile.ZIP_DEFLATED, "model.weights.h5": bytes(10**7)}, "is compressed, which Keras never"),
+        ({"metadata.json": bytes(1 + (1 << 20))}, "metadata.json is larger than that of any recognizer"),
+        ({"config.json": b"["}, r"not readable as weights of Keras \(JSONDecodeError"),
+        ({"config.json": b"[" * 200_000}, r"not readable as weights of Keras \(RecursionError"),
+        ({"config.json": b"[]"}, r"not readable as weights of Keras \(TypeError"),
+        ({"config.json": b'{"config": {"layers": [{"class_name": 1}]}}'}, r"not readable as .* \(TypeError"),
+        (
+            {"config.json": json.dumps({"config": {"layers": [{"class_name": "A", "config": {"name": "a"}}] * 2}})},
+            "two layers have one name",
+        ),
+        ({"model.weights.h5": b"no"}, r"not readable as weights of Keras \(OSError"),
+        ({"model.weights.h5": hdf5(lambda file: None)}, "holds no layers of Keras"),
+        ({"model.weights.h5": hdf5(linked)}, "'elsewhere' is a link"),
+        ({"model.weights.h5": hdf5(virtual)}, "'0' is not stored as it is"),
+        ({"model.weights.h5": hdf5(external)}, "'0' is not stored as it is"),
+        ({"model.weights.h5": hdf5(nested)}, "is of a network in a network"),
+        ({"model.weights.h5": hdf5(unnamed)}, "'conv2d' has no name"),
+    ],
+)
+def test_hostile_and_foreign_archives_are_one_line(tmp_path, change, message):
+    packed(tmp_path / "x.keras", **change)
+    with pytest.raises(InputError, match=message) as caught:
+        faceless.load(tmp_path / "x.keras")
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop(("GDC_conv", "kernel")), "layers are missing"),
+        (lambda a: a.pop(("batch_normalization_3", "moving_variance")), "does not fit ghostfacenet: missing"),
+        (lambda a: a.update({("more", "kernel"): a["GDC_conv", "kernel"][0, 0]}), "does not fit ghostfacenet: unexp"),
+        (lambda a: a["pre_embedding", "gamma"].fill(float("nan")), "holds values that are not finite"),
+    ],
+)
+def test_wrong_layers_of_archives_are_named(tmp_path, change, message):
+    arrays = {key: value.copy() for key, value in layers(network()).items()}
+    change(arrays)
+    with pytest.raises(InputError, match=message):
+        faceless.load(archived(tmp_path / "x.keras", *of_keras_3(arrays, named=False)))
+
+
+def test_torn_and_altered_archives(tmp_path):
+    content = archived(tmp_path / "x.keras", *of_keras_3(layers(network()), named=False)).read_bytes()
+    middle = len(content) // 2
+    for spoiled in (b"", content[:middle], content[:-10], content[:middle] + b"\xff" + content[middle + 1 :]):
+        (tmp_path / "x.keras").write_bytes(spoiled)
+        with pytest.raises(InputError, match=r"not readable as weights of Keras \(BadZipFile"):
+            faceless.load(tmp_path / "x.keras")
 
 
 @pytest.fixture(scope="module")

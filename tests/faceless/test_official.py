@@ -291,15 +291,16 @@ def test_cvlface_positions_relative_to_landmarks(tmp_path, monkeypatch, capsys, 
         assert (theirs(pixels) - ours.backbone(pixels)).abs().max() > 0.01
 
 
-def test_the_largest_vit_has_the_names_and_shapes_of_theirs(monkeypatch):
+@pytest.mark.parametrize(("width", "depth", "name"), [(768, 24, "vit-l"), (1024, 48, "vit-h")])
+def test_large_vits_have_the_names_and_shapes_of_theirs(monkeypatch, width, depth, name):
     # Its constructor reads numbers out of a tensor.
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
-        theirs = insightface_vit(monkeypatch)(768, 24, 0.0)
-        ours = ARCHITECTURES["vit-l"].build()
+        theirs = insightface_vit(monkeypatch)(width, depth, 0.0)
+        ours = ARCHITECTURES[name].build()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert recognize(theirs.state_dict()) == (
-        "vit-l",
+        name,
         {"embedding_dim": 512, "input_size": 112, "mask_token": True, "keypoints": False},
     )
 
@@ -421,8 +422,16 @@ def test_ghostfacenet(tmp_path, monkeypatch, capsys, build, name, stride, count)
             drawn.append(value / array[..., 0].size ** 0.5 if normal else value)
         layer.set_weights([value.numpy() for value in drawn])
     theirs.save(tmp_path / "theirs.h5")
+    theirs.compile("sgd", "mse", metrics=["mae"])
+    theirs.save(tmp_path / "theirs.keras")
+    theirs.save_weights(tmp_path / "theirs.weights.h5")
     ours = faceless.load(tmp_path / "theirs.h5")
     assert (ours.name, ours.options["stride"], ours.options["width"]) == (name, stride, 1.3)
+    for file in ("theirs.keras", "theirs.weights.h5"):
+        again = faceless.load(tmp_path / file)
+        assert (again.name, again.options) == (ours.name, ours.options)
+        for (key, expected), found in zip(ours.state_dict().items(), again.state_dict().values(), strict=True):
+            assert torch.equal(found, expected), key
     images = Rng.of(0, "faces", range(2)).integers(256, 3, 112, 112).byte()
     pixels = ((images.float() - 127.5) * 0.0078125).permute(0, 2, 3, 1)
     with torch.no_grad():

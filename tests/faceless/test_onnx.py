@@ -20,7 +20,7 @@ from faceless.errors import InputError
 from faceless.onnx_files import main
 from faceless.onnx_graph import OPERATORS, OnnxGraph, UnconvertibleError
 from faceless.randomness import Rng
-from faceless.recognizer import InputSpec
+from faceless.recognizer import InputSpec, Recognizer
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 #: Each backbone in a small size. What takes seconds even so is run by hand.
@@ -41,7 +41,8 @@ SMALL = {
     "slimresnet": {"input_size": 48, "widths": [8, 16], "depths": [1, 2]},
     "dlib-resnet29": {},
 }
-SLOW = {name: {} for name in ARCHITECTURES if name not in SMALL} | {
+TOO_LARGE = "vit-h"
+SLOW = {name: {} for name in ARCHITECTURES if name not in {*SMALL, TOO_LARGE}} | {
     "iresnet100": {"input_size": 48},
     "iresnet200": {"input_size": 48},
     "ir101": {"input_size": 48},
@@ -609,5 +610,12 @@ def test_every_operator_is_compared_or_used_in_a_network():
 
 
 def test_all_backbones_are_in_the_lists():
-    assert set(SMALL) | set(SLOW) == set(ARCHITECTURES)
+    assert set(SMALL) | set(SLOW) | {TOO_LARGE} == set(ARCHITECTURES)
     assert not set(SMALL) & set(SLOW)
+
+
+def test_what_no_file_can_hold_is_told(tmp_path):
+    with torch.device("meta"):
+        net = Recognizer(ARCHITECTURES[TOO_LARGE].build(), InputSpec(), name=TOO_LARGE)
+    with pytest.raises(InputError, match=r"302\d{7} bytes of weights are more than an ONNX file can have"):
+        faceless.export_onnx(net, tmp_path / "net.onnx")

@@ -333,7 +333,7 @@ def test_compressed_archives_are_refused(tmp_path):
         faceless.load(tmp_path / "y.pt")
 
 
-@pytest.mark.parametrize("suffix", [".keras", ".pkl", ""])
+@pytest.mark.parametrize("suffix", [".pb", ".pkl", ""])
 def test_unsupported_kinds_list_the_supported(tmp_path, suffix):
     (tmp_path / f"model{suffix}").write_bytes(b"x")
     with pytest.raises(InputError, match=r"are not read; \.pth \.pt .*, \.safetensors, .*\.dat"):
