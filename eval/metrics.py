@@ -696,9 +696,12 @@ def search(
     return Search(ranks, mate, stranger)
 
 
-def resamples(people: int, replicates: int, seed: int = 0) -> Array:
-    """``[replicates, people]`` int64: how often each person is drawn when as many are drawn with replacement."""
-    drawn = Rng.of(seed, "bootstrap", range(replicates)).integers(people, people).numpy()
+def resamples(people: int, replicates: int, seed: int = 0, first: int = 0) -> Array:
+    """``[replicates, people]`` int64: how often each person is drawn when as many are drawn with replacement.
+
+    ``first`` is the number of the first replicate, for those who want them some at a time.
+    """
+    drawn = Rng.of(seed, "bootstrap", range(first, first + replicates)).integers(people, people).numpy()
     flat = drawn + np.arange(replicates)[:, None] * people
     return np.bincount(flat.ravel(), minlength=replicates * people).reshape(replicates, people)
 
@@ -806,6 +809,28 @@ def bootstrap_share(hits: Any, people: Any, weights: Array) -> Array:
     successes = np.bincount(people, weights=hits, minlength=weights.shape[1])
     with np.errstate(invalid="ignore"):
         return (weights @ successes) / (weights @ trials)
+
+
+def share_interval(
+    hits: Any, trials: Any, replicates: int = 1000, seed: int = 0, block: int = 1 << 24
+) -> tuple[float, float] | None:
+    """Interval of the share of hits among trials, ``[S]`` counts of each person; people are resampled.
+
+    None of a single person, of whom nothing is known about others. Any number of people: ``block`` draws at a time.
+
+    >>> share_interval([5, 5, 5], [10, 10, 10])
+    (0.5, 0.5)
+    """
+    hits, trials = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+    if len(hits) < 2:
+        return None
+    step = max(1, block // len(hits))
+    shares = []
+    for start in range(0, replicates, step):
+        weights = resamples(len(hits), min(step, replicates - start), seed, start).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of people without trials alone
+            shares.append((weights @ hits) / (weights @ trials))
+    return interval(np.concatenate(shares))
 
 
 def bootstrap_pairs(

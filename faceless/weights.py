@@ -295,8 +295,8 @@ def _load_onnx(path: Path, options: Mapping[str, Any], runtime: bool) -> Recogni
         return onnx_files.convert(file, computed.embedding_dim)
 
     why = "as asked"
+    tensors = onnx_files.initializers(file, path)
     if not runtime:
-        tensors = onnx_files.initializers(file, path)
         for attempt in (same, known, converted):
             try:
                 found = attempt()

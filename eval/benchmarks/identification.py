@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval import metrics
 from eval.benchmarks.folder import square
-from eval.benchmarks.people import genuine_scores
+from eval.benchmarks.people import genuine_scores, rank_interval, tar_interval
 from eval.benchmarks.protocol import Protocol, Report, files_digest, percent, read_ahead, unit
 from faceless.errors import InputError
 from faceless.images import natural, read_image
@@ -39,7 +39,7 @@ class Listed(Protocol):
     def __init__(self, name: str, files: list[Path], size: int, record: dict[str, Any]):
         self.name, self.files, self.size = name, files, size
         self.digest = files_digest(files)
-        self.record = {"sha256": self.digest, "framing": "arcface", **record}
+        self.record = {"sha256": self.digest, "framing": "arcface", "intervals_of": "people", **record}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,20 +78,23 @@ class MegaFace(Listed):
         probes, distractors = rows[: self.probes], rows[self.probes :]
         # Nobody among the distractors is a probe's person: their best score decides whether a mate is found first.
         best = metrics.search(probes, np.zeros(self.probes), distractors, np.ones(len(distractors)), BLOCK).stranger
-        found, searches = 0, 0
+        found, searches = [], []
         for start, stop in pairwise(np.flatnonzero(np.diff(self.people, prepend=-1, append=-1)).tolist()):
             mates = (probes[start:stop] @ probes[start:stop].T).astype(np.float32)
             np.fill_diagonal(mates, -np.inf)
-            found += int((mates > best[start:stop, None]).sum())
-            searches += (stop - start) * (stop - start - 1)
+            found.append(int((mates > best[start:stop, None]).sum()))
+            searches.append((stop - start) * (stop - start - 1))
+        rank1, first = sum(found) / sum(searches), metrics.share_interval(found, searches)
 
         def impostors() -> Iterator[np.ndarray]:
             step = max(1, BLOCK // len(distractors))
             for start in range(0, self.probes, step):
                 yield (probes[start : start + step] @ distractors.T).astype(np.float32).ravel()
 
-        verified = metrics.streamed(genuine_scores(probes, self.people), impostors, list(FARS.values()))
+        genuine = genuine_scores(probes, self.people)
+        verified = metrics.streamed(genuine, impostors, list(FARS.values()))
         points = {key: point for key, point in zip(FARS, verified.points) if point.allowed}
+        bounds = {key: tar_interval(genuine, self.people, point.threshold) for key, point in points.items()}
         cautions = [
             f"FMR at FAR={key}: {note}"
             for key, point in points.items()
@@ -100,8 +103,9 @@ class MegaFace(Listed):
         figures = {
             "probes": self.probes,
             "distractors": len(distractors),
-            "searches": searches,
-            "rank1": found / searches,
+            "searches": sum(searches),
+            "rank1": rank1,
+            "intervals": {"rank1": first and list(first), "tar_at_far": bounds},
             "genuine": verified.genuine,
             "impostor": verified.impostor,
             "tar_at_far": {key: point.tar for key, point in points.items()},
@@ -111,11 +115,13 @@ class MegaFace(Listed):
             "cautions": cautions,
         }
         table = [
-            ("rank-1", f"{len(distractors):,} distractors", percent(found / searches)),
-            *((f"TAR@FAR={key}", f"1 - FNMR@FMR={key}", percent(point.tar)) for key, point in points.items()),
+            ("rank-1", f"{len(distractors):,} distractors", percent(rank1, first)),
+            *((f"TAR@FAR={k}", f"1 - FNMR@FMR={k}", percent(point.tar, bounds[k])) for k, point in points.items()),
         ]
         noisy = "noise lists applied" if any(self.record["noise lists"].values()) else "original lists"
-        heading = f"{self.name}: {self.probes:,} probes, {searches:,} searches among {len(distractors):,} ({noisy})"
+        heading = (
+            f"{self.name}: {self.probes:,} probes, {sum(searches):,} searches among {len(distractors):,} ({noisy})"
+        )
         return Report(model, self.name, heading, table, figures)
 
 
@@ -168,8 +174,9 @@ class TinyFace(Listed):
         probes, gallery = rows[: len(self.people)], rows[len(self.people) :]
         found = metrics.search(probes, self.people, gallery, self.gallery, BLOCK)
         ranks = {f"rank{k}": found.rank_k(k) for k in (1, 5, 20)}
-        figures = {"probes": len(probes), "gallery": len(gallery), **ranks, "cautions": []}
-        table = [(f"rank-{k}", "closed set", percent(ranks[f"rank{k}"])) for k in (1, 5, 20)]
+        bounds = {f"rank{k}": rank_interval(found, self.people, k) for k in (1, 5, 20)}
+        figures = {"probes": len(probes), "gallery": len(gallery), **ranks, "intervals": bounds, "cautions": []}
+        table = [(f"rank-{k}", "closed set", percent(ranks[f"rank{k}"], bounds[f"rank{k}"])) for k in (1, 5, 20)]
         heading = f"{self.name}: {len(probes):,} probes in a gallery of {len(gallery):,}"
         return Report(model, self.name, heading, table, figures)
 

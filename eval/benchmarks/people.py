@@ -50,7 +50,7 @@ class People(Protocol):
         record: dict[str, Any],
     ):
         self.name, self.read, self.identities, self.digest = name, read, identities, digest
-        self.record = {"sha256": digest, **record}
+        self.record = {"sha256": digest, "intervals_of": "people", **record}
         counts = np.unique(identities, return_counts=True)[1]
         self.people = len(counts)
         self.genuine_pairs = int((counts * (counts - 1) // 2).sum())
@@ -72,11 +72,12 @@ class People(Protocol):
         rows = unit(embeddings)
         order = np.argsort(self.identities, kind="stable")
         rows, people = rows[order], self.identities[order]
-        found = metrics.streamed(
-            genuine_scores(rows, people), lambda: impostor_scores(rows, people), list(FARS.values())
-        )
+        genuine = genuine_scores(rows, people)
+        found = metrics.streamed(genuine, lambda: impostor_scores(rows, people), list(FARS.values()))
         points = {key: point for key, point in zip(FARS, found.points) if point.allowed}
         ranks = metrics.search(rows, people, rows, people, BLOCK, leave_one_out=True)
+        bounds = {key: tar_interval(genuine, people, point.threshold) for key, point in points.items()}
+        first = rank_interval(ranks, people, 1)
         cautions = []
         for key, point in points.items():
             for kind, errors, trials in (
@@ -91,6 +92,7 @@ class People(Protocol):
             "eer": found.eer,
             "tar_at_far": {key: point.tar for key, point in points.items()},
             "rank1": ranks.rank_k(1),
+            "intervals": {"tar_at_far": bounds, "rank1": first},
             "auc": found.auc,
             "people": self.people,
             "images": len(self),
@@ -101,8 +103,8 @@ class People(Protocol):
         }
         table = [
             ("EER", "FMR = FNMR", percent(found.eer)),
-            *((f"TAR@FAR={key}", f"1 - FNMR@FMR={key}", percent(point.tar)) for key, point in points.items()),
-            ("rank-1", "closed set", percent(figures["rank1"])),
+            *((f"TAR@FAR={k}", f"1 - FNMR@FMR={k}", percent(point.tar, bounds[k])) for k, point in points.items()),
+            ("rank-1", "closed set", percent(figures["rank1"], first)),
             ("AUC", "", percent(found.auc)),
         ]
         heading = (
@@ -120,6 +122,23 @@ def genuine_scores(rows: np.ndarray, people: np.ndarray) -> np.ndarray:
         mine = rows[start:stop]
         found.append((mine @ mine.T)[np.triu_indices(stop - start, 1)].astype(np.float32))
     return np.concatenate(found)
+
+
+def tar_interval(genuine: np.ndarray, people: np.ndarray, threshold: float) -> list[float] | None:
+    """Of the share of `genuine_scores` that reach a threshold, which stays; people are resampled."""
+    faces = np.unique(people, return_counts=True)[1]
+    pairs = (faces * (faces - 1) // 2)[faces > 1]
+    reached = np.add.reduceat((genuine >= threshold).astype(np.int64), np.cumsum(pairs) - pairs)
+    found = metrics.share_interval(reached, pairs)
+    return None if found is None else list(found)
+
+
+def rank_interval(search: metrics.Search, people: np.ndarray, k: int) -> list[float] | None:
+    """Of the share of probes found at rank ``k`` or better; people are resampled, the gallery stays."""
+    mated = search.ranks > 0
+    number = np.unique(people[mated], return_inverse=True)[1]
+    found = metrics.share_interval(np.bincount(number, search.ranks[mated] <= k), np.bincount(number))
+    return None if found is None else list(found)
 
 
 def impostor_scores(rows: np.ndarray, people: np.ndarray, block: int = BLOCK) -> Iterator[np.ndarray]:

@@ -256,6 +256,17 @@ def test_resamples_draw_as_many_people_and_depend_on_the_seed_alone():
     assert (weights[:10] != metrics.resamples(40, 10, seed=4)).any()
 
 
+def test_shares_are_resampled_some_replicates_at_a_time():
+    rng = np.random.default_rng(2)
+    trials = rng.integers(1, 9, 50)
+    hits = rng.binomial(trials, 0.7)
+    shares = [np.repeat(hits, drawn).sum() / np.repeat(trials, drawn).sum() for drawn in metrics.resamples(50, 1000)]
+    expected = np.percentile(shares, [2.5, 97.5])
+    for block in (70 * 50, 333 * 50, 1 << 24):
+        np.testing.assert_allclose(metrics.share_interval(hits, trials, block=block), expected, atol=1e-12)
+    assert metrics.share_interval([3], [4]) is None
+
+
 def test_intervals_by_person_are_wider_than_pretending_that_pairs_are_independent():
     """Each person has an own level of similarity: 45 pairs of one person say little more than one."""
     rng = np.random.default_rng(1)

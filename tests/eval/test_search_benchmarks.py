@@ -72,6 +72,22 @@ def parquet(tmp_path_factory) -> Path:
     return root
 
 
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.floats(-1, 1, width=32), st.integers(0, 1000))
+def test_tar_is_resampled_by_person(counts, threshold, seed):
+    identities = np.repeat(np.arange(len(counts)), counts)
+    rows = protocol.unit(np.random.default_rng(seed).normal(size=(len(identities), 3)))
+    genuine = people.genuine_scores(rows, identities)
+    reached, pairs = [], []
+    for mine in (rows[identities == person] for person in range(len(counts))):
+        scores = (mine @ mine.T).astype(np.float32)[np.triu_indices(len(mine), 1)]
+        if len(scores):
+            reached.append((scores >= threshold).sum())
+            pairs.append(len(scores))
+    if pairs:
+        expected = metrics.share_interval(reached, pairs)
+        assert people.tar_interval(genuine, identities, threshold) == (expected and list(expected))
+
+
 def check_against_memory(report: protocol.Report, stack: Benchmark) -> None:
     expected = verify(recognizer(24), stack, bootstrap=0)
     figures = report.figures
@@ -81,6 +97,14 @@ def check_against_memory(report: protocol.Report, stack: Benchmark) -> None:
     assert figures["auc"] == pytest.approx(expected.auc, abs=1e-9)
     assert figures["tar_at_far"]["1e-2"] == expected.points["1e-2"].tar
     assert "1e-6" not in figures["tar_at_far"]  # not one impostor may pass
+    assert figures["intervals"]["rank1"] == pytest.approx(
+        list(
+            metrics.interval(metrics.bootstrap_share(expected.ranks == 1, stack.identities, metrics.resamples(7, 1000)))
+        )
+    )
+    low, high = figures["intervals"]["tar_at_far"]["1e-2"]
+    assert 0 <= low <= figures["tar_at_far"]["1e-2"] <= high <= 1
+    assert "1e-6" not in figures["intervals"]["tar_at_far"]
 
 
 def test_parquet_gives_the_figures_of_the_faces_in_memory(parquet):
@@ -172,6 +196,9 @@ def test_megaface_by_brute_force(megaface):
     assert (figures["probes"], figures["distractors"], figures["searches"]) == (11, 9, searches)
     assert 0 < figures["rank1"] == hits / searches < 1
     assert (figures["genuine"], figures["impostor"]) == (searches // 2, 99)
+    low, high = figures["intervals"]["rank1"]
+    assert low <= figures["rank1"] <= high
+    assert low < high
     assert report.summary()["noise lists"] == {"probes left out": 1, "distractors left out": 1}
     assert "noise lists applied" in report.heading
 
@@ -218,6 +245,8 @@ def test_tinyface_ranks(tinyface):
     assert (report.figures["probes"], report.figures["gallery"]) == (4, 12)
     assert report.figures["rank1"] == np.mean(np.array(ranks) <= 1)
     assert report.figures["rank5"] == np.mean(np.array(ranks) <= 5)
+    by_person = metrics.bootstrap_share(np.array(ranks) <= 1, np.arange(4), metrics.resamples(4, 1000))
+    assert report.figures["intervals"]["rank1"] == pytest.approx(list(metrics.interval(by_person)))
 
 
 def test_tinyface_lists_are_checked(tinyface):

@@ -402,8 +402,9 @@ def test_damaged_files(tmp_path):
     values.flat[3] = np.nan
     tensor.raw_data = values.tobytes()
     onnx.save(model, file)
-    with pytest.raises(InputError, match=r"y\.onnx: .* not finite"):
-        faceless.load(file)
+    for runtime in (False, True):
+        with pytest.raises(InputError, match=r"y\.onnx: .* not finite"):
+            faceless.load(file, runtime=runtime)
     tensor.raw_data = values.tobytes()[:-4]
     onnx.save(model, file)
     with pytest.raises(InputError, match=r"y\.onnx: "):
