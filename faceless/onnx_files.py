@@ -80,7 +80,19 @@ def read(path: Path) -> OnnxFile:
         raise InputError(f"{path}: holds no graph")
     if loops := {node.op_type for node in _messages(model, "NodeProto")} & LOOPS:
         raise InputError(f"{path}: holds {', '.join(sorted(loops))}; a recognizer has no need of that")
-    digest = _inline(model, path)
+    return describe(model, _inline(model, path), path)
+
+
+def describe(model: Any, digest: str, path: Path) -> OnnxFile:
+    """What a graph takes and gives.
+
+    Args:
+        model: an ``onnx.ModelProto``, with all tensors inside.
+        digest: SHA-256 of the files that it is from.
+
+    Raises:
+        InputError: no input is a picture.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type not in DTYPES:

@@ -223,6 +223,7 @@ def _fill(given: Attributes, shape: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "Abs": _unary(torch.abs),
     "Add": _binary(torch.add),
     "AveragePool": _average_pool,
     "Cast": _cast,
@@ -259,6 +260,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Pow": _binary(torch.pow),
     "Reciprocal": _unary(torch.reciprocal),
     "ReduceL2": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep)),
+    "ReduceMax": _reduce(lambda x, axes, keep: x.amax(axes, keep)),
     "ReduceMean": _reduce(lambda x, axes, keep: x.mean(axes, keep)),
     "ReduceSum": _reduce(lambda x, axes, keep: x.sum(axes, keep)),
     "Relu": _unary(torch.relu),

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from faceless import __version__, archives, assets, keras_files, onnx_files
+from faceless import __version__, archives, assets, keras_files, onnx_files, tfjs_files
 from faceless.backbones import ARCHITECTURES
 from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
 from faceless.backbones.dlib_resnet import read_dat
@@ -42,10 +42,10 @@ from faceless.files import atomic_write, sha256
 from faceless.onnx_graph import UnconvertibleError
 from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 
-PRETRAINED = {"dlib-resnet29": "dlib-resnet29"}  # name -> asset
+PRETRAINED = {"dlib-resnet29": "dlib-resnet29", "hse-faceres": "hse-faceres"}  # name -> asset
 SUPPORTED = (
-    ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .h5 .keras (Keras), "
-    ".dat (dlib)"
+    ".pth .pt (plain state dicts, TorchScript), .pt2, .ckpt (Lightning), .safetensors, .onnx, .json (TensorFlow.js), "
+    ".h5 .keras (Keras), .dat (dlib)"
 )
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError)
@@ -126,17 +126,18 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
     """A trained recognizer, in eval mode on the CPU.
 
     Args:
-        source: a name (``"dlib-resnet29"``), a folder written by `save`, a file (a state dict of a network we know, see
-            docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's ``.ckpt``; ``.safetensors`` of ours;
-            ``.onnx``; GhostFaceNet's ``.h5`` and ``.keras``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder
-            written by `save`.
+        source: a name (``"dlib-resnet29"``, ``"hse-faceres"``), a folder written by `save`, a file (a state
+            dict of a network we know, see docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's
+            ``.ckpt``; ``.safetensors`` of ours; ``.onnx``; TensorFlow.js's ``model.json``; GhostFaceNet's ``.h5``
+            and ``.keras``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
         runtime: leave an ``.onnx`` file to onnxruntime, without gradients, even where it could become a network here.
         options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``);
-            ``architecture`` is its name here, where they do not tell that either (``"timm"``, with timm's ``model``).
+            ``architecture`` is its name here, where they do not tell that either (``"timm"``, with timm's ``model``);
+            ``output`` names the embedding among the nodes of a TensorFlow.js graph, where it is not the first output.
 
     Returns:
-        The recognizer; ``.source`` tells the source and the SHA-256 of the weights, and for ``.onnx`` the ``engine``:
+        The recognizer; ``.source`` tells the source and the SHA-256 of the weights, and of graphs the ``engine``:
         ``"torch"`` or ``"onnxruntime"``, and why.
 
     Raises:
@@ -144,13 +145,17 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
             fit any network we know.
     """
     text = str(source)
-    if runtime and Path(source).suffix != ".onnx":
-        raise InputError(f"{text}: onnxruntime computes .onnx files alone")
+    if runtime and Path(source).suffix not in (".onnx", ".json"):
+        raise InputError(f"{text}: onnxruntime computes .onnx files and TensorFlow.js graphs alone")
     if text.startswith("hf-hub:"):
         recognizer, file = _load_folder(_from_hub(text))
     elif text in PRETRAINED:
         file = assets.fetch(PRETRAINED[text])
-        recognizer = _load_dat(file)
+        if text == "hse-faceres":
+            file /= "faceres.json"
+            recognizer = _load_faceres(file, runtime)
+        else:
+            recognizer = _load_dat(file)
     elif Path(source).is_dir():
         recognizer, file = _load_folder(Path(source))
     elif Path(source).is_file():
@@ -191,7 +196,12 @@ def _load_file(path: Path, options: Mapping[str, Any], runtime: bool) -> Recogni
     if path.suffix == ".safetensors":
         return _load_safetensors(path, options)
     if path.suffix == ".onnx":
-        return _load_onnx(path, options, runtime)
+        return _load_graph(onnx_files.read(path), path, options, runtime)
+    if path.suffix == ".json":
+        output = options.get("output")
+        found = _load_graph(tfjs_files.read(path, output), path, {}, runtime)
+        found.options |= {} if output is None else {"output": output}
+        return found
     if path.suffix in (".h5", ".keras"):
         name, known, state = keras_files.ghostfacenet(path, options)
         return _assemble(name, known.pop("embedding_dim"), known.pop("input_size"), known, state, path)
@@ -279,9 +289,15 @@ def _load_described(description: str, state: State, path: Path) -> Recognizer:
     return Recognizer(recognizer.backbone, spec, name=name, options=recognizer.options, source={"record": record})
 
 
-def _load_onnx(path: Path, options: Mapping[str, Any], runtime: bool) -> Recognizer:
+def _load_faceres(path: Path, runtime: bool) -> Recognizer:
+    """HSE-FaceRes's embedding (its other outputs are age and gender), with pixels as its authors' code has them."""
+    found = _load_graph(tfjs_files.read(path, "global_pooling/Mean"), path, {}, runtime)
+    spec = InputSpec(224, 224, mean=(103.939, 116.779, 123.68), std=(1.0, 1.0, 1.0), channel_order="BGR")
+    return Recognizer(found.backbone, spec, source=found.source)
+
+
+def _load_graph(file: onnx_files.OnnxFile, path: Path, options: Mapping[str, Any], runtime: bool) -> Recognizer:
     """A network of ours if the graph is one and kept its names, else the graph as a network, else onnxruntime's."""
-    file = onnx_files.read(path)
     computed = onnx_files.compute(file, path)
 
     def same() -> Recognizer:

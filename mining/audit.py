@@ -1,6 +1,6 @@
 """Audit a corpus: near-duplicates, diversity, balance, and whether it leaks people of a reference gallery.
 
-``python mining/audit.py --corpus corpora/quickstart --recognizers '[dlib-resnet29, runs/quickstart/student]'
+``python mining/audit.py --corpus corpora/quickstart --recognizers '[dlib-resnet29, hse-faceres]'
 --reference reference.safetensors --null others.safetensors``
 """
 

