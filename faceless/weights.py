@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from faceless import __version__, archives, assets, keras_files, onnx_files, tfjs_files
-from faceless.backbones import ARCHITECTURES
+from faceless.backbones import ARCHITECTURES, timm_backbone
 from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
@@ -232,6 +232,11 @@ def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
     # Where the weights describe themselves, that counts.
     if "faceless" in _metadata(file):
         return _load_safetensors(file), file
+    if (saved := timm_backbone.read_folder(folder)) is not None:
+        options, spec = saved
+        state = {f"model.{key}": value for key, value in _tensors(file).items()}
+        found = _assemble("timm", options.pop("embedding_dim"), options.pop("input_size"), options, state, file)
+        return Recognizer(found.backbone, spec, name=found.name, options=found.options), file
     known = read_folder(folder)
     if known is None:
         recognizer = _load_safetensors(file)

@@ -222,13 +222,14 @@ class Templates(Protocol):
         if self.same.all() or not self.same.any():
             raise InputError(f"{path}: needs genuine and impostor pairs")
         self.search = self._search_lists(meta, kind, row)
+        self.subjects = self._subjects(len(numbers))
 
         self.digest = files_digest(self.files, sorted(p for p in meta.iterdir() if p.is_file()))
         self.record: dict[str, Any] = {
             "sha256": self.digest,
             "framing": framing,
             "pooling": {"media": "mean", "faceness": faceness, "norms": norms},
-            "intervals_of": "independent pairs",
+            "intervals_of": "independent pairs" if self.subjects is None else "people",
         }
 
     def _search_lists(self, meta: Path, kind: str, row: np.ndarray) -> SearchLists | None:
@@ -250,6 +251,28 @@ class Templates(Protocol):
         found = {name: subjects(path) for name, path in paths.items()}
         return SearchLists({name: found[name] for name in names}, found["probe_mixed"])
 
+    def _subjects(self, templates: int) -> np.ndarray | None:
+        """Whose each genuine pair is, ``[G]``, where the lists of 1:N say it of all their templates."""
+        if self.search is None:
+            return None
+        known = np.full(templates, -1)
+        for rows, subjects in (*self.search.galleries.values(), self.search.probes):
+            known[rows] = subjects
+        first, second = known[self.left[self.same]], known[self.right[self.same]]
+        return first if first.min() >= 0 and np.array_equal(first, second) else None
+
+    def _bounds(self, genuine: np.ndarray, points: dict[str, metrics.OperatingPoint]) -> dict[str, list[float]] | None:
+        """Intervals of TAR from resampling people, with the thresholds as they are."""
+        if self.subjects is None:
+            return None
+        person = np.unique(self.subjects, return_inverse=True)[1]
+        trials = np.bincount(person)
+        found = {
+            key: metrics.share_interval(np.bincount(person, genuine >= point.threshold), trials)
+            for key, point in points.items()
+        }
+        return {key: list(bounds) for key, bounds in found.items() if bounds is not None} or None
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -267,15 +290,16 @@ class Templates(Protocol):
         _, vectors = pool(embeddings, self.templates, self.media, weights)
         points, scores = operating_points(vectors, self.left, self.right, self.same, FARS)
         genuine, impostor = scores[self.same], scores[~self.same]
+        bounds = self._bounds(genuine, points)
         figures: dict[str, Any] = {
             "templates": len(vectors),
             "genuine": len(genuine),
             "impostor": len(impostor),
             "eer": metrics.eer(genuine, impostor),
             "auc": metrics.auc(genuine, impostor),
-            **point_figures(points, len(genuine), len(impostor)),
+            **point_figures(points, len(genuine), len(impostor), bounds),
         }
-        rows = point_rows(points, len(genuine))
+        rows = point_rows(points, len(genuine), bounds)
         rows += [("EER", "FMR = FNMR", percent(figures["eer"])), ("AUC", "", percent(figures["auc"]))]
         if self.search is not None:
             figures["search"] = search_figures(vectors, self.search)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -225,8 +225,18 @@ def counted(name: str, faces: int, genuine: np.ndarray, impostor: np.ndarray) ->
     return f"{name}: {faces:,} faces, {len(genuine):,} genuine and {len(impostor):,} impostor pairs"
 
 
-def point_figures(points: dict[str, metrics.OperatingPoint], genuine: int, impostor: int) -> dict[str, Any]:
-    """Operating points as `eval.verify` writes them to JSON; intervals are Wilson's, for independent comparisons."""
+def tar_bounds(points: dict[str, metrics.OperatingPoint], genuine: int) -> dict[str, Sequence[float]]:
+    """Wilson's intervals of TAR, for independent comparisons."""
+    return {key: list(metrics.wilson(genuine - p.false_non_matches, genuine)) for key, p in points.items()}
+
+
+def point_figures(
+    points: dict[str, metrics.OperatingPoint],
+    genuine: int,
+    impostor: int,
+    bounds: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """Operating points as `eval.verify` writes them to JSON; intervals are `tar_bounds` if not given."""
     cautions = []
     for key, point in points.items():
         for kind, errors, trials in (
@@ -237,11 +247,7 @@ def point_figures(points: dict[str, metrics.OperatingPoint], genuine: int, impos
                 cautions.append(f"{kind} at FAR={key}: {note}")
     return {
         "tar_at_far": {key: point.tar for key, point in points.items()},
-        "intervals": {
-            "tar_at_far": {
-                key: list(metrics.wilson(genuine - p.false_non_matches, genuine)) for key, p in points.items()
-            }
-        },
+        "intervals": {"tar_at_far": dict(bounds or tar_bounds(points, genuine))},
         "thresholds": {key: point.threshold for key, point in points.items()},
         "realized_fmr": {key: point.fmr for key, point in points.items()},
         "allowed_false_matches": {key: point.allowed for key, point in points.items()},
@@ -249,13 +255,9 @@ def point_figures(points: dict[str, metrics.OperatingPoint], genuine: int, impos
     }
 
 
-def point_rows(points: dict[str, metrics.OperatingPoint], genuine: int) -> list[tuple[str, str, str]]:
-    """The rows of a table that show operating points."""
-    return [
-        (
-            f"TAR@FAR={key}",
-            f"1 - FNMR@FMR={key}",
-            percent(point.tar, metrics.wilson(genuine - point.false_non_matches, genuine)),
-        )
-        for key, point in points.items()
-    ]
+def point_rows(
+    points: dict[str, metrics.OperatingPoint], genuine: int, bounds: Mapping[str, Sequence[float]] | None = None
+) -> list[tuple[str, str, str]]:
+    """The rows of a table that show operating points; intervals as of `point_figures`."""
+    bounds = bounds or tar_bounds(points, genuine)
+    return [(f"TAR@FAR={key}", f"1 - FNMR@FMR={key}", percent(point.tar, bounds[key])) for key, point in points.items()]

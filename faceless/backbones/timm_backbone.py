@@ -6,11 +6,18 @@ Sources: Sandler et al.: MobileNetV2, CVPR 2018; Howard et al.: MobileNetV3, ICC
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from faceless.backbones.transformers_backbone import read_json
 from faceless.errors import InputError, suggest
+from faceless.recognizer import InputSpec
+
+#: Arguments of a network in timm's folders that say what the rest of the folder says as well.
+ARGUMENTS = {"num_classes", "in_chans", "global_pool", "img_size"}
 
 
 def timm_network(model: str, **options: Any) -> nn.Module:
@@ -56,3 +63,42 @@ class TimmBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         embedding: Tensor = self.model(x)
         return embedding
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], InputSpec] | None:
+    """What `TimmBackbone` takes, and the input, of a folder that timm saved; None if it did not.
+
+    Raises:
+        InputError: a damaged file, an unknown network, one without a classifier, or with arguments of its own.
+    """
+    config = read_json(folder / "config.json")
+    model, weights = config.get("architecture"), config.get("pretrained_cfg")
+    if not isinstance(model, str) or not isinstance(weights, dict):
+        return None
+    classes, arguments = config.get("num_classes"), config.get("model_args", {})
+    if type(classes) is not int or classes < 1:
+        raise InputError(f"{folder}: has no classifier, whose classes would be the embedding")
+    try:
+        channels, height, width = weights["input_size"]
+        spec = InputSpec(height, width, tuple(weights["mean"]), tuple(weights["std"]), value_range=1.0)
+        strange = sorted(set(arguments) - ARGUMENTS)
+        if channels != 3 or height != width:
+            raise ValueError(f"input_size is {weights['input_size']}; squares of 3 channels are read")
+        if strange:
+            raise ValueError(f"model_args hold {str(strange[0])[:80]!r}, which is not read")
+        options = {"model": model, "embedding_dim": classes, "input_size": height}
+        with torch.device("meta"):
+            pool = _pooling(TimmBackbone(**options).model)
+        if pool is not None and config.get("global_pool", pool) != pool:
+            raise ValueError(f"global_pool is {str(config['global_pool'])[:80]!r}; {model} with {pool!r} is read")
+    except (KeyError, TypeError, ValueError) as error:
+        missing = "has no " if isinstance(error, KeyError) else ""
+        raise InputError(f"{folder}/config.json: {missing}{error}") from error
+    return options, spec
+
+
+def _pooling(network: nn.Module) -> str | None:
+    """What timm notes as the pooling of a network, if it has one."""
+    pool: Any = getattr(network, "global_pool", None) or getattr(getattr(network, "head", None), "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
+    return pool if isinstance(pool, str) and pool else None

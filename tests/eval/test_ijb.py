@@ -134,6 +134,24 @@ def test_a_whole_folder(benchmark_folder):
         assert (named.name, named.faceness, named.norms) == (kind, faceness, norms)
 
 
+def test_people_are_resampled_where_the_lists_name_them_all(benchmark_folder, tmp_path):
+    folder = shutil.copytree(benchmark_folder, tmp_path / "named")
+    found = ijb.Templates(folder, "ijbc", "arcface", 32)
+    net = recognizer(24)
+    assert protocol.evaluate(net, found, cache=False).summary()["intervals_of"] == "independent pairs"
+    lists = folder / "meta" / "ijbc_1N_probe_mixed.csv"
+    lists.write_text(lists.read_text() + "".join(f"{100 + row},{row // 3},x.jpg\n" for row in (5, 8, 11)))
+    report = protocol.evaluate(net, ijb.Templates(folder, "ijbc", "arcface", 32), cache=False)
+    assert report.summary()["intervals_of"] == "people"
+    people = np.array([a // 3 for a in range(12) for b in range(a) if a // 3 == b // 3])
+    accepted = report.genuine >= report.figures["thresholds"]["1e-1"]
+    shares = metrics.bootstrap_share(accepted, people, metrics.resamples(4, 1000))
+    assert report.figures["intervals"]["tar_at_far"]["1e-1"] == pytest.approx(list(metrics.interval(shares)))
+    # One template with two subjects: nobody knows whose its pairs are.
+    lists.write_text(lists.read_text().replace("111,3", "111,2"))
+    assert ijb.Templates(folder, "ijbc", "arcface", 32).subjects is None
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
