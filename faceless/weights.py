@@ -126,15 +126,16 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
     """A trained recognizer, in eval mode on the CPU.
 
     Args:
-        source: a name (``"dlib-resnet29"``, ``"hse-faceres"``), a folder written by `save`, a file (a state
-            dict of a network we know, see docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``; AdaFace's
-            ``.ckpt``; ``.safetensors`` of ours; ``.onnx``; TensorFlow.js's ``model.json``; GhostFaceNet's ``.h5``
-            and ``.keras``; dlib's ``.dat``), or ``hf-hub:owner/name`` of a folder written by `save`.
+        source: a name (``"dlib-resnet29"``, ``"hse-faceres"``), a folder written by `save`, transformers or timm, a
+            file (a state dict of a network we know, see docs/backbones.md, in ``.pth``, ``.pt`` or ``.safetensors``;
+            AdaFace's ``.ckpt``; ``.safetensors`` of ours; ``.onnx``; TensorFlow.js's ``model.json``; GhostFaceNet's
+            ``.h5`` and ``.keras``; dlib's ``.dat``), or ``hf-hub:owner/name`` of such a folder.
         spec: how the backbone wants its pixels, where the file does not say and its authors did not do the usual.
         runtime: leave an ``.onnx`` file to onnxruntime, without gradients, even where it could become a network here.
         options: of a foreign state dict's architecture, where names and shapes do not tell (MixFaceNet's ``shuffle``);
-            ``architecture`` is its name here, where they do not tell that either (``"timm"``, with timm's ``model``);
-            ``output`` names the embedding among the nodes of a TensorFlow.js graph, where it is not the first output.
+            ``architecture`` is its name here, where they do not tell that either (``"timm"`` with timm's ``model``,
+            ``"transformers"`` with ``model`` and ``config``); ``output`` names the embedding among the nodes of a
+            TensorFlow.js graph, where it is not the first output.
 
     Returns:
         The recognizer; ``.source`` tells the source and the SHA-256 of the weights, and of graphs the ``engine``:
@@ -470,11 +471,13 @@ def _load_named(state: State, path: Path, given: dict[str, Any]) -> Recognizer:
     with torch.device("meta"):
         usual = _build(name, dim, size, None, options)
     wanted = {key: tuple(value.shape) for key, value in usual.backbone.state_dict().items()}
+    outer = {key.partition(".")[0] for key in wanted}
     found: State | None = state
     candidates: list[State] = []
     while found is not None:
-        # Networks of timm are a part of ours.
-        candidates += [found, {f"model.{key}": value for key, value in found.items()}]
+        candidates.append(found)
+        if len(outer) == 1:  # networks of timm and transformers are a part of ours
+            candidates.append({f"{next(iter(outer))}.{key}": value for key, value in found.items()})
         found = _unwrapped(found)
     best = max(candidates, key=lambda candidate: len(wanted.keys() & candidate.keys()))
     if dim is None:

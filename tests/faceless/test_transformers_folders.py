@@ -61,6 +61,22 @@ def test_equal_outputs_and_pixels_as_the_processor_says(tmp_path, build):
     assert again.spec == ours.spec
 
 
+@pytest.mark.parametrize("wrap", ["{}", "module.{}"])
+def test_state_dicts_alone(tmp_path, wrap):
+    theirs = vit(tmp_path / "net")
+    torch.save({wrap.format(key): value for key, value in theirs.state_dict().items()}, tmp_path / "theirs.pth")
+    numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    config = {key: getattr(theirs.config, key) for key in (*numbers, "layer_norm_eps", "hidden_act")}
+    ours = faceless.load(
+        tmp_path / "theirs.pth", architecture="transformers", model="vit", config=config, input_size=32
+    )
+    with torch.no_grad():
+        expected = theirs(pixel_values=(FACES - 127.5) / 127.5).logits
+        assert torch.allclose(ours(FACES).embedding, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match="does not fit transformers"):
+        faceless.load(tmp_path / "theirs.pth", architecture="transformers", model="vit", input_size=32)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
