@@ -463,7 +463,7 @@ def _context(made: Comparison, bootstrap: int) -> dict[str, Any]:
                 "rows": lines,
                 "det": Markup(figures.det(scores, shaded, f"det-{number}")) if scores else None,
                 "roc": Markup(figures.roc(scores, shaded, name=f"roc-{number}")) if scores else None,
-                "bands": _bands(scores, shaded),
+                "bands": _bands(shaded),
                 "groups": by_group(found),
                 "cautions": [f"{label}: {line}" for label, one in found.items() for line in one.get("cautions") or []],
             }
@@ -492,11 +492,9 @@ def _context(made: Comparison, bootstrap: int) -> dict[str, Any]:
     }
 
 
-def _bands(scores: Mapping[str, Scores], shaded: Mapping[str, Any]) -> str:
-    if not shaded:
-        return "without bands"
-    known = all(one.genuine_people is not None for one in scores.values())
-    return f"with 95 % bands from resampling {'people' if known else 'pairs'}"
+def _bands(shaded: Mapping[str, figures.Band]) -> str:
+    origins = sorted({band.origin for band in shaded.values()})
+    return f"with 95 % bands {' or '.join(origins)}" if origins else "without bands"
 
 
 def parser() -> ArgumentParser:

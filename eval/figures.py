@@ -155,18 +155,19 @@ def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Band:
-    """95 % interval ``low``, ``high`` ``[K]`` of the TAR at the false match rates ``fmr [K]``."""
+    """95 % interval ``low``, ``high`` ``[K]`` of the TAR at the false match rates ``fmr [K]``, and where it is from."""
 
     fmr: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    origin: str
 
 
 def bands(named: Mapping[str, Scores], replicates: int = 1000) -> dict[str, Band]:
-    """Bands from resampling people, or pairs where nobody knows whose they are; none of very many pairs.
+    """Bands from resampling people, or pairs where nobody knows whose they are; Wilson's of very many pairs.
 
     Args:
-        replicates: none are drawn of 0.
+        replicates: no bands of 0.
     """
     found = {}
     for label, scores in named.items():
@@ -183,12 +184,19 @@ def bands(named: Mapping[str, Scores], replicates: int = 1000) -> dict[str, Band
                 metrics.resamples(people, replicates),
                 tuple(rates.tolist()),
             )
+            origin = "from resampling people"
         elif len(scores.genuine) + len(scores.impostor) <= MAX_PAIRS:
             again = metrics.bootstrap_pairs(scores.genuine, scores.impostor, replicates, fars=tuple(rates.tolist()))
+            origin = "from resampling pairs"
         else:
+            # Of so many impostors the threshold of a rate is as good as known.
+            count = len(scores.genuine)
+            points = metrics.tar_at_fars(scores.genuine, scores.impostor, rates.tolist())
+            low, high = np.transpose([metrics.wilson(count - point.false_non_matches, count) for point in points])
+            found[label] = Band(rates, low, high, "of independent genuine pairs")
             continue
         low, high = np.nanquantile(again.tar, [0.025, 0.975], axis=0)
-        found[label] = Band(rates, low, high)
+        found[label] = Band(rates, low, high, origin)
     return found
 
 

@@ -168,8 +168,16 @@ def test_pairs_of_unknown_people_are_drawn_anew():
     scores = {"x": figures.Scores(genuine, impostor)}
     assert set(figures.bands(scores, 20)) == {"x"}
     assert not figures.bands(scores, 0)
+    assert figures.bands(scores, 20)["x"].origin == "from resampling pairs"
     many = np.linspace(0, 1, figures.MAX_PAIRS)
-    assert not figures.bands({"x": figures.Scores(many, many)}, 20)
+    band = figures.bands({"x": figures.Scores(many[::8], many)}, 20)["x"]
+    assert band.origin == "of independent genuine pairs"
+    # TAR is FMR here; the usual approximation of a binomial's interval in the middle.
+    middle = np.argmin(np.abs(band.fmr - 0.5))
+    reach = 1.96 * (band.fmr[middle] * (1 - band.fmr[middle]) / len(many[::8])) ** 0.5
+    assert [band.low[middle], band.high[middle]] == pytest.approx(
+        [band.fmr[middle] - reach, band.fmr[middle] + reach], abs=5e-4
+    )
 
 
 def test_no_two_lines_look_the_same():
