@@ -175,11 +175,8 @@ def write(grid: Grid, cell: Cell, seed: int) -> Path:
     return path
 
 
-def train(grid: Grid, cell: Cell, seed: int) -> bool:
-    """Train a cell, or what is left of it; returns whether it succeeded."""
-    if finished(folder(grid, cell, seed)):
-        return True
-    settings = write(grid, cell, seed)
+def train(grid: Grid, cell: Cell, seed: int, settings: Path) -> bool:
+    """Train a cell, or what is left of it, by the recipe at ``settings``; returns whether it succeeded."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *shlex.split(grid.launch)]
     arguments = [*launch, str(ROOT / "distill" / "train.py"), "--config", str(settings)]
     name = f"{' '.join(cell)} seed {seed}"
@@ -205,7 +202,9 @@ def last_line(log: Path) -> str:
 def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
     """Train cells with seeds, ``grid.jobs`` at a time; returns those that failed."""
     todo = [one for one in todo if not finished(folder(grid, *one))]
-    failed = [one for one in todo[: 1 if grid.jobs > 1 else None] if not train(grid, *one)]
+    # Not in the threads below: parsing a recipe changes the working folder, which all threads share, for a moment.
+    recipes = {one: write(grid, *one) for one in todo}
+    failed = [one for one in todo[: 1 if grid.jobs > 1 else None] if not train(grid, *one, recipes[one])]
     if grid.jobs == 1:
         return failed
     cores = sorted(os.sched_getaffinity(0))
@@ -216,7 +215,7 @@ def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, 
     # A run keeps to the cores of the thread that starts it.
     with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
         try:
-            ended = list(pool.map(lambda one: train(grid, *one), todo[1:]))
+            ended = list(pool.map(lambda one: train(grid, *one, recipes[one]), todo[1:]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

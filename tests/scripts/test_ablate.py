@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,12 @@ def test_runs_at_the_same_time_end_like_runs_in_turn(
     axes = {"cell": {"alone": {}, "beside": {}, "broken": {"student.name": "no-such-network"}}}
     settings = {"base": str(base), "axes": axes, "output": str(tmp_path / "grid"), "measure": "cosine"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings | {"jobs": 2, "launch": "--cpu"}))
+    moved: set[str] = set()
+    sys.addaudithook(lambda event, _: moved.add(threading.current_thread().name) if event == "os.chdir" else None)
     with pytest.raises(InputError, match="1 runs failed: broken seed 0"):
         ablate.main(["--config", str(tmp_path / "grid.yaml")])
+    # The working folder belongs to all threads; parsing a recipe changes it for a moment.
+    assert moved == {threading.main_thread().name}
     assert re.search("broken seed 0 failed: .*no-such-network", capfd.readouterr().out)
     logs = {path.name for path in (tmp_path / "grid" / "logs").iterdir()}
     assert logs == {f"{name}-seed-0.log" for name in axes["cell"]}
