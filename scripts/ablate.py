@@ -271,12 +271,13 @@ def summarize(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"mean": mean, "interval": interval, "n": n, "values": numbers}
 
 
-def collect(grid: Grid) -> list[dict[str, Any]]:
-    """A row for each cell that has a finished run: its options, and the summary of each measure."""
-    seeds = [*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]
+def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """A row for each cell that has a finished run of ``seeds`` (all): its options, and the summary of each measure."""
+    if seeds is None:
+        seeds = list(dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]))
     rows = []
     for cell in cells(grid):
-        runs = [folder(grid, cell, seed) for seed in dict.fromkeys(seeds)]
+        runs = [folder(grid, cell, seed) for seed in seeds]
         found = [measured(grid, run) for run in runs if finished(run)]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
@@ -404,7 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     failed = train_all(grid, [(cell, seed) for seed in grid.seeds for cell in cells(grid)])
     if grid.confirm is not None:
-        chosen = to_confirm(grid, collect(grid))
+        # By the first seeds alone, so that a grid that was stopped while it confirmed chooses the same cells.
+        chosen = to_confirm(grid, collect(grid, grid.seeds))
         failed += train_all(grid, [(cell, seed) for seed in grid.confirm.seeds for cell in chosen])
     report(grid)
     if failed:
