@@ -251,7 +251,7 @@ def test_options_that_weights_do_not_tell(tmp_path):
     saved = faceless.save(faceless.load(tmp_path / "x.pth"), tmp_path / "t")
     with pytest.raises(InputError, match="takes no option 'shuffle'"):
         faceless.load(saved, shuffle=False)
-    with pytest.raises(InputError, match="onnx files alone"):
+    with pytest.raises(InputError, match=r"onnx files and TensorFlow\.js graphs alone"):
         faceless.load(saved, runtime=True)
 
 
