@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -71,11 +73,33 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+class _Moments(torch.autograd.Function):
+    """`torch.var_mean` in passes that a CPU vectorizes; with channels last it takes a seventh of the time there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        places = [0, *range(2, x.ndim)]
+        mean = x.mean(places, keepdim=True)
+        variance = (x - mean).square_().mean(places)
+        ctx.save_for_backward(x, mean)
+        return mean.flatten(), variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        of_mean, of_variance = (grad.view_as(mean) * (mean.numel() / x.numel()) for grad in grads)
+        return torch.addcmul(of_mean - 2 * of_variance * mean, x, 2 * of_variance)
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of ``[B, C, ...]``."""
     x = precise(x)
-    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-    return mean, variance
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        return mean, variance
+    found: tuple[Tensor, Tensor] = _Moments.apply(x)
+    return found
 
 
 class BatchStatistics:

@@ -25,7 +25,7 @@ from synth.generators.adversarial import GeneratorTraining
 from synth.inversion.activation import ActivationMaximization
 from synth.inversion.deep_inversion import DeepInversion, agreement
 from synth.inversion.priors import NoiseImages, energy, repulsion, total_variation
-from synth.inversion.statistics import BatchStatistics, batch_norms, layers, measure
+from synth.inversion.statistics import BatchStatistics, _moments, batch_norms, layers, measure
 from synth.inversion.synthesized import Synthesized
 from synth.inversion.targets import Classes, Moments, Sphere, VonMisesFisher, center, von_mises_fisher
 
@@ -97,6 +97,16 @@ def test_distance_of_the_batch_that_was_remembered():
     first = x.var((0, 2, 3)) / 20  # unbiased minus biased variance of 20 numbers
     second = (y.var(0, correction=0) - net[2].running_var).norm() + (y.mean(0) - net[2].running_mean).norm()
     torch.testing.assert_close(got, 7 * first.norm() + second)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2), (6, 3), (2, 3, 7)])
+def test_moments_and_their_gradients_are_those_of_torch(shape):
+    x = (3 * torch.randn(shape, dtype=torch.float64) + 2).requires_grad_()
+    if len(shape) == 4:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    places = [0, *range(2, len(shape))]
+    torch.testing.assert_close(_moments(x), torch.var_mean(x, places, correction=0)[::-1])
+    assert torch.autograd.gradcheck(_moments, x)
 
 
 def test_hooks_are_there_once_and_only_inside(teacher, monkeypatch):
