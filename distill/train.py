@@ -289,6 +289,8 @@ def start(run: Run) -> Accelerator:
     cores = run.threads or len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(max(1, cores // max(1, local if cpu else 1)))
+    if cpu:
+        processes.keep_memory()
     precision = run.precision if run.precision != "auto" else native_precision(cpu)
     accelerator = Accelerator(
         cpu=cpu,

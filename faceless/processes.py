@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
 import psutil
 
 from faceless.errors import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def spread() -> None:
@@ -47,3 +50,18 @@ def wanted(command: list[str]) -> int | None:
             value = value or following
             return int(value) if value.isdigit() else None
     return None
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that its tensors give back, for those of the next step.
+
+    By default the C library returns large blocks to the system, and every step on a CPU begins with page faults: for an
+    IResNet-18 at 64 faces of 48 pixels they are an eighth of its time. Keeping the blocks costs it a fifth more memory.
+    Nothing happens where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        mallopt(parameter, size)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from faceless import align
+from faceless import align, processes
 from faceless.errors import InputError
 from faceless.files import atomic_path, atomic_write
 from faceless.randomness import Rng
@@ -250,6 +250,7 @@ def _start_worker(pickled: bytes, folder: Path, draws: bool) -> None:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(1)
+    processes.keep_memory()
     made = pickle.loads(pickled)
     if draws:
         made.generator.to(made.device)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from faceless.errors import InputError
@@ -34,3 +38,23 @@ def test_an_unknown_number_is_one_line_that_says_what_to_use(monkeypatch: pytest
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("MASTER_PORT")
     spread()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="concerns glibc")
+def test_kept_memory_needs_no_new_pages() -> None:
+    """Page faults of ten blocks of 40 MB, one after the other; each has at least 20 pages, of 2 MB if they are huge."""
+    work = (
+        "import resource, sys\n"
+        "from faceless.processes import keep_memory\n"
+        "if sys.argv[1] == 'kept':\n    keep_memory()\n"
+        "b'x' * 40_000_000\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "before = faults()\n"
+        "for _ in range(10):\n    bytes(bytearray(40_000_000))\n"
+        "print(faults() - before)\n"
+    )
+    given, kept = (
+        int(subprocess.run([sys.executable, "-c", work, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("given back", "kept")
+    )
+    assert given >= 10 * 20 and kept < given / 4
