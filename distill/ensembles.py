@@ -63,6 +63,8 @@ class Ensemble(Teachers):
             raise InputError("teacher.members: an ensemble has two members or more; name a single teacher by itself")
         if weights is not None and (len(weights) != len(members) or min(weights) <= 0):
             raise InputError(f"teacher.weights are {weights}; give each of {len(members)} members a positive one")
+        if weights is not None and fusion != "von-mises-fisher":
+            raise InputError(f"teacher.weights are for fusion von-mises-fisher; {fusion} takes all members for alike")
         if faces < 2:
             raise InputError(f"teacher.faces is {faces}; an ensemble is aligned on 2 faces or more")
         self.members, self.fusion, self.center, self.by_norm, self.faces = members, fusion, center, by_norm, faces

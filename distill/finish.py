@@ -159,8 +159,13 @@ def make_record(run: Run, teacher: Recognizer, before: Recognizer, benchmark: Be
 
 
 def save_faces(run: Run, output: Path, teacher: FrozenTeacher, student: Recognizer, objective: Objective) -> None:
-    """A sample of training faces, the hardest disagreements first, for the report; of people only if asked for."""
+    """A sample of training faces, the hardest disagreements first, for the report; of people only if asked for.
+
+    Without a teacher there is nothing to disagree with, and none.
+    """
     source = run.source
+    if isinstance(run.teacher, Nobody):
+        return
     faces = source.sample(SHOWN) if run.show_real_faces or not source.real else source.generated(SHOWN)
     if not len(faces):
         return

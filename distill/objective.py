@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -106,8 +106,10 @@ class GradientBalance(nn.Module):
         """The weighted sum of ``terms [terms]``, with what learned weights cost."""
         if self.logs is None:
             return (self.now() * terms).sum()
-        logs = self.logs.clamp(-LOGS, LOGS)
-        return (self.shares * ((-logs).exp() * terms + logs)).sum()
+        if self.training:
+            with torch.no_grad():  # the parameter itself: beyond a bound it would have no gradient to come back by
+                self.logs.clamp_(-LOGS, LOGS)
+        return (self.shares * ((-self.logs).exp() * terms + self.logs)).sum()
 
     def due(self) -> bool:
         """Whether this step refreshes; counts the steps."""
@@ -302,37 +304,61 @@ class Objective(nn.Module):
         Raises:
             InputError: a network lacks a feature or logits that a loss wants, or a loss refuses their shapes.
         """
-        faces = torch.full((2, 3, 112, 112), 127.0)
-        outputs = []
-        for who, network, names in (
-            ("student", student, self.student_features),
-            ("teacher", teacher, self.teacher_features),
-        ):
-            training = network.training
-            network.eval()
-            try:
-                outputs.append(network(faces, features=names))
-            except AttributeError as error:
-                layers = [name for name, _ in network.backbone.named_modules() if name]
-                missing = next((name for name in names if name not in layers), str(error))
-                raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
-            network.train(training)
+        said = self._said("student", student, self.student_features)
+        taught = self._said("teacher", teacher, self.teacher_features)
         self.eval()
         for name, loss in self.terms():
             try:
-                loss.prepare(*outputs)
-                s, t = self._scored(*self.comparable(*outputs))
-                if loss.needs_centers:
-                    cast(Any, loss).prime(torch.ones(loss.classes or 0, t.embedding.shape[1]))
-                loss(s, t, torch.zeros(2, dtype=torch.long) if loss.needs_labels else None)
+                loss.prepare(said, taught)
+                self._show(loss, said, taught)
             except ValueError as error:
                 raise InputError(f"losses.{name}: {error}") from error
         self.train()
 
     @torch.no_grad()
+    def probe_stages(self, student: Recognizer, stages: Sequence[Recognizer]) -> None:
+        """Show the losses the networks that teach before that of `probe`; what was built for it must fit them too.
+
+        Raises:
+            InputError: as for `probe`, naming the stage.
+        """
+        self.eval()
+        for number, stage in enumerate(stages, 1):
+            who = f"teacher of stage {number}"
+            said = self._said("student", student, self.student_features)
+            taught = self._said(who, stage, self.teacher_features)
+            for name, loss in self.terms():
+                try:
+                    self._show(loss, said, taught)
+                except (ValueError, RuntimeError) as error:
+                    raise InputError(f"losses.{name}: the {who} does not fit as the last one does: {error}") from error
+        self.train()
+
+    @staticmethod
+    def _said(who: str, network: Recognizer, names: Sequence[str]) -> Output:
+        """What a network says of two blank faces, in eval mode."""
+        training = network.training
+        network.eval()
+        try:
+            found: Output = network(torch.full((2, 3, 112, 112), 127.0), features=names)
+        except AttributeError as error:
+            layers = [name for name, _ in network.backbone.named_modules() if name]
+            missing = next((name for name in names if name not in layers), str(error))
+            raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
+        network.train(training)
+        return found
+
+    def _show(self, loss: Loss, student: Output, teacher: Output) -> None:
+        s, t = self._scored(*self.comparable(student, teacher))
+        if loss.needs_centers:
+            cast(Any, loss).prime(torch.ones(loss.classes or 0, t.embedding.shape[1]))
+        loss(s, t, torch.zeros(2, dtype=torch.long) if loss.needs_labels else None)
+
+    @torch.no_grad()
     def comparable(self, student: Output, teacher: Output) -> tuple[Output, Output]:
         """The two outputs as the losses compare them, projected and centered, without learning from them."""
-        student = self._projected(student)
+        student = self._projected(replace(student, embedding=student.embedding.detach()))
+        teacher = replace(teacher, embedding=teacher.embedding.detach())  # one with prompts carries gradient too
         if self.centering is not None:
             teacher = replace(teacher, embedding=teacher.embedding - self.centering.mean)
         return student, teacher

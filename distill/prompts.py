@@ -180,6 +180,8 @@ class PromptedTeacher(FrozenTeacher):
         autocast, features: as in `FrozenTeacher`.
     """
 
+    learns = True
+
     def __init__(self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()):
         super().__init__(recognizer, autocast, features)
         assert isinstance(recognizer.backbone, PromptedBackbone)

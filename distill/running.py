@@ -38,7 +38,8 @@ class Running(nn.Module):
     @torch.no_grad()
     def forward(self, now: Tensor, some: Tensor | bool = True) -> Tensor:
         """Take ``now`` into the average, unless not ``some``; returns the average, or ``now`` while there is none."""
-        known = torch.as_tensor(some, device=now.device)
+        # Filled there: copied from the host, it would make the host wait.
+        known = some if isinstance(some, Tensor) else torch.full((), some, device=now.device)
         if self.training:
             # No branch: it would wait for the device.
             new = known.to(self.weight.dtype) * (1 - self.momentum)

@@ -63,6 +63,7 @@ class SynthesisSource(Source):
         self.synthesizer, self.every, self.faces = synthesizer, every, faces
         self.pool, self.priority, self.correction = pool, priority, correction
         self.weighs = any(correction)
+        self.begun = False
         self.rounds, self.stored = 0, 0
         self.kept = torch.empty(0, dtype=torch.uint8)
         self.worth = torch.empty(0)
@@ -77,6 +78,7 @@ class SynthesisSource(Source):
             raise InputError("validation.faces must be 0: the faces of this source do not exist before they are used")
 
     def watch(self, teacher: Recognizer, student: Recognizer) -> None:
+        self.begun = True
         self.student = student.eval()
         self.synthesizer.begin(teacher, student, str(teacher.source.get("source") or teacher.name))
         side = self.synthesizer.face_size or teacher.spec.height
@@ -145,6 +147,11 @@ class SynthesisSource(Source):
         return torch.empty(0, 3, 8, 8, dtype=torch.uint8)
 
     def sample(self, count: int) -> Tensor:
+        if not self.begun:
+            raise InputError(
+                "an ensemble is aligned on faces of the source, and those of SynthesisSource do not exist before the "
+                "run starts: name one recognizer as teacher"
+            )
         if self.pool:
             return self.kept[: min(count, self.stored, self.pool)].cpu()
         chunks = [self.draw("sample", samples) for samples in torch.arange(count).split(self.place.batch_size)]

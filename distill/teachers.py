@@ -32,7 +32,12 @@ class FrozenTeacher(nn.Module):
         recognizer: any; put in eval mode and frozen.
         autocast: dtype of its forward pass, None for float32.
         features: sub-modules of its backbone whose outputs are wanted too.
+
+    Attributes:
+        learns: whether its answers change while the run goes.
     """
+
+    learns = False
 
     def __init__(self, recognizer: Recognizer, autocast: torch.dtype | None = None, features: tuple[str, ...] = ()):
         super().__init__()

@@ -25,11 +25,13 @@ from tqdm import tqdm
 import faceless
 from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
 from distill.cohort import Cohort, alone
-from distill.ensembles import FusedRecognizer, load_teachers
+from distill.ensembles import FusedRecognizer, Nobody, load_teachers
 from distill.finish import finish, load_benchmark, make_record, reals, student_record
 from distill.global_norm import globalize
 from distill.identities import stored
 from distill.losses.base import FaceLoss
+from distill.losses.cross_architecture import URFM, PromptGuard
+from distill.losses.features import FeatureLoss
 from distill.mixtures import MixtureSource
 from distill.muon import Muon
 from distill.objective import Objective
@@ -49,15 +51,13 @@ from faceless.settings import Settings, parse
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of this process."""
     settings: Settings[Run] = parse(Run, arguments, program="distill/train.py", description=__doc__ or "")
-    *before, last = links(settings)
-    for link in before:
-        plain = link.asdict()
-        folder = Path(plain["output"])
-        if (folder / "report.html").is_file():
-            check_same_settings(folder / "settings.yaml", plain)
-        else:
+    chain = links(settings)
+    if len(chain) > 1:
+        check_links(chain)
+    for link in chain[:-1]:
+        if not finished(link):
             train(link, more=True)
-    train(last)
+    train(chain[-1])
 
 
 def links(settings: Settings[Run]) -> list[Settings[Run]]:
@@ -71,13 +71,58 @@ def links(settings: Settings[Run]) -> list[Settings[Run]]:
         return [seeded(settings)]
     found, teacher = [], plain["teacher"]
     for number, changes in enumerate(chain, 1):
-        if taken := {"teacher", "output", "chain"} & set(changes):
+        if odd := [key for key in changes if not isinstance(key, str)]:
+            raise InputError(f"chain: link {number} has the key {odd[0]}; name dotted keys of the recipe")
+        if taken := {"teacher", "output", "chain"} & {key.split(".")[0] for key in changes}:
             raise InputError(f"chain: link {number} sets {min(taken)}, which follows from the chain")
+        if shared := {"precision", "device"} & set(changes):
+            raise InputError(f"chain: link {number} sets {min(shared)}, which is one for the whole chain")
         output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
         own = {"seed": plain["seed"] + number - 1} | changes  # generations start from other weights
         found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
         teacher = f"{output}/student"
     return found
+
+
+def finished(link: Settings[Run]) -> bool:
+    """Whether a link was trained before.
+
+    Raises:
+        InputError: it was, under other settings.
+    """
+    plain = link.asdict()
+    folder = Path(plain["output"])
+    if not (folder / "report.html").is_file():
+        return False
+    check_same_settings(folder / "settings.yaml", plain)
+    return True
+
+
+def check_links(chain: list[Settings[Run]]) -> None:
+    """Build what each link that is still to train names, and show its losses its two networks, before the first trains.
+
+    Raises:
+        InputError: naming the link that would stop the chain, and why.
+    """
+    untrained: dict[str | None, Recognizer] = {}  # by where they are going to lie
+    for number, link in enumerate(chain, 1):
+        if finished(link):
+            continue
+        try:
+            run = link.build()
+            known = untrained.get(run.teacher) if isinstance(run.teacher, str) else None
+            teacher = load_teachers(run.teacher)[-1] if known is None else known
+            student = untrained.get(run.student.start)
+            if student is None:
+                if run.prompts is not None:
+                    run.prompts.into(teacher)
+                student = make_student(run, teacher)
+                objective = make_objective(run, student, teacher)
+                check_weights(run, objective)
+                check_teacher(run, objective, teacher)
+        except InputError as error:
+            raise InputError(f"chain: link {number}: {error}") from error
+        untrained[f"{run.output}/student"] = alone(student)
 
 
 def seeded(settings: Settings[Run]) -> Settings[Run]:
@@ -115,8 +160,10 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     student = make_student(run, teacher_net)
     untrained = copy.deepcopy(alone(student))
     objective = make_objective(run, student, teacher_net)
+    objective.probe_stages(student, teacher_nets[:-1])
     objective.prompts = prompts  # which learn, are averaged over processes and are saved with it
     check_weights(run, objective)
+    check_teacher(run, objective, teacher_net)
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
     if notice := run.source.check_framing(teacher_net.spec.framing):
@@ -478,6 +525,33 @@ def check_weights(run: Run, objective: Objective) -> None:
                 f"losses.{term}: {type(loss).__name__} is no mean over single faces, and cannot weight them as this "
                 "source asks; use another loss, or set the source's correction to [0, 0]"
             )
+
+
+def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:
+    """Compare what the losses take the teacher for with what it is.
+
+    Raises:
+        InputError: naming the loss, or the setting, that does not fit.
+    """
+    pupils = []
+    for name, loss in objective.terms():
+        if isinstance(run.teacher, Nobody) and loss.needs_teacher:
+            raise InputError(f"losses.{name}: {type(loss).__name__} learns from a teacher, and there is none")
+        if isinstance(loss, URFM) and loss.framing != teacher.spec.framing:
+            raise InputError(
+                f"losses.{name}: framing is {loss.framing}, and the teacher knows {teacher.spec.framing} crops"
+            )
+        if isinstance(loss, PromptGuard) and run.adaptive is not None and run.adaptive.rule in ("matched", "literal"):
+            raise InputError(
+                f"adaptive.rule {run.adaptive.rule} follows gradients of the student, and losses.{name} has none: "
+                "use magnitude or learned, or weights that stay"
+            )
+        if isinstance(loss, FeatureLoss) and loss.teacher_learns:
+            pupils.append(name)
+    if pupils and run.prompts is None:
+        raise InputError(f"losses.{pupils[0]}: teacher_learns is for a teacher with prompts; set prompts")
+    if run.prompts is not None and not pupils:
+        raise InputError("prompts: no loss lets the teacher learn; set teacher_learns of URFM")
 
 
 def mirrored(run: Run, objective: Objective) -> list[str]:

@@ -38,12 +38,12 @@ def neighborhood_agreement(student: Tensor, teacher: Tensor, k: int) -> float:
 
 
 class Validator:
-    """Compares any student with the teacher on faces whose teacher embeddings are computed once.
+    """Compares any student with the teacher on faces whose teacher embeddings are computed once, unless it learns.
 
     Args:
         settings: how many neighbors count.
         faces: held-out faces ``[N, 3, H, W]``.
-        teacher: asked once, here.
+        teacher: asked once, here; one that learns, each time.
         objective: knows how the two networks' embeddings compare.
         device: where to compute.
     """
@@ -52,8 +52,12 @@ class Validator:
         self, settings: Validation, faces: Tensor, teacher: FrozenTeacher, objective: Objective, device: torch.device
     ):
         self.neighbors, self.faces, self.objective, self.device = settings.neighbors, faces, objective, device
-        seen = [teacher.see(chunk.to(device)).embedding for chunk in faces.split(BATCH)] if len(faces) else []
-        self.teacher = torch.cat(seen) if seen else torch.empty(0, 1)
+        self.learning = teacher if teacher.learns else None
+        self.teacher = self.ask(teacher) if len(faces) and not teacher.learns else torch.empty(0, 1)
+
+    def ask(self, teacher: FrozenTeacher) -> Tensor:
+        """Raw embeddings ``[N, D]`` of the teacher."""
+        return torch.cat([teacher.see(chunk.to(self.device)).embedding for chunk in self.faces.split(BATCH)])
 
     def embed(self, student: Recognizer, faces: Tensor) -> Tensor:
         """Raw embeddings ``[N, D]`` of a student in eval mode."""
@@ -66,6 +70,8 @@ class Validator:
 
     def __call__(self, student: Recognizer) -> dict[str, float]:
         """``cosine``: mean student-teacher cosine; ``neighborhood``: agreement of the nearest neighbors."""
+        if self.learning is not None:
+            self.teacher = self.ask(self.learning)
         s, t = self.objective.comparable(Output(self.embed(student, self.faces)), Output(self.teacher))
         unit_s, unit_t = F.normalize(s.embedding.float()), F.normalize(t.embedding.float())
         return {

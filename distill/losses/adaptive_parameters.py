@@ -147,7 +147,10 @@ class AdaptiveQUD(QUD):
 
     def divisor(self, t: Tensor) -> Tensor | float:
         if self.log is not None:
-            return self.log.exp().clamp(0.01, 1.0)
+            if self.training:
+                with torch.no_grad():  # the parameter itself: beyond a bound it would have no gradient to come back by
+                    self.log.clamp_(math.log(0.01), 0.0)
+            return self.log.exp()
         cosines = self.negatives.products(gather(t))
         if not cosines.numel():
             return self.temperature

@@ -27,6 +27,7 @@ class Loss(nn.Module, ABC):
     A loss that draws numbers has a ``seed``: None is that of the run (`distill.settings.Run`), and 0 outside of one.
 
     Attributes:
+        needs_teacher: whether it looks at what the teacher says.
         needs_labels: whether ``labels`` must be given; a label of -1 marks a face without one, which does not count.
         needs_logits: whether both outputs must carry logits over the same classes.
         needs_features: whether the outputs must carry feature maps.
@@ -35,6 +36,7 @@ class Loss(nn.Module, ABC):
         student_features, teacher_features: names of the sub-modules whose outputs these are.
     """
 
+    needs_teacher: bool = True
     needs_labels: bool = False
     needs_logits: bool = False
     needs_features: bool = False

@@ -155,7 +155,8 @@ class URFM(FeatureLoss):
         self.teacher_learns = teacher_learns
         # Not `centers`, under which the optimizer knows tables of classes.
         self.queries = nn.Parameter(Rng.of(self.seed, "URFM centers", range(centers)).normal(dim))
-        points = align.template(one_of(align.FRAMINGS, framing=framing), "arcface5", 1) + 0.5
+        self.framing = one_of(align.FRAMINGS, framing=framing)
+        points = align.template(framing, "arcface5", 1) + 0.5
         self.register_buffer("canonical", points, persistent=False)
         self.of_student: LocalFeatures | None = None
         self.of_teacher: LocalFeatures | None = None

@@ -204,6 +204,7 @@ class CrossEntropy(Loss):
     tensor(4.)
     """
 
+    needs_teacher = False
     needs_labels = True
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:

@@ -108,6 +108,7 @@ class _Head(Loss):
 
     classes: int
 
+    needs_teacher = False
     needs_labels = True
 
     def __init__(self, embedding_dim: int, classes: int, negatives: int | None, seed: int | None, std: float):

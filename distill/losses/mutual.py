@@ -41,7 +41,7 @@ class _Copies(_PeerLoss):
             raise ValueError(
                 f"{type(loss).__name__} wants more than embeddings and labels, which is all that peers have"
             )
-        self.needs_labels, self.classes = loss.needs_labels, loss.classes
+        self.needs_teacher, self.needs_labels, self.classes = loss.needs_teacher, loss.needs_labels, loss.classes
         self.copies = nn.ModuleList(copy.deepcopy(loss) for _ in range(copies))
 
 
@@ -100,6 +100,7 @@ class Mutual(_Copies):
 
     def __init__(self, *, loss: Loss, peers: int = 1):
         super().__init__(loss, peers, (peers + 1) * peers)
+        self.needs_teacher = False
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         everyone = self.everyone(student)
@@ -146,6 +147,7 @@ class DeepMutual(_PeerLoss):
     torch.Size([])
     """
 
+    needs_teacher = False
     needs_labels = True
 
     def __init__(

@@ -112,7 +112,7 @@ class EKD(Loss):
 
     def _thresholds(self, descending: Tensor, count: Tensor) -> Tensor:
         """``[2, thresholds]`` from impostor cosines ``[2, pairs]`` of which the first ``count`` are some."""
-        now = descending[:, (count // self.one_in).clamp(max=descending.shape[1] - 1)]
+        now = descending[:, torch.minimum(count // self.one_in, (count - 1).clamp(min=0))]
         # While none is known, no pair passes any, and the loss is 0.
         some = count > 0
         q = self.thresholds(torch.where(some, now, torch.inf), some)
@@ -176,7 +176,7 @@ class PairwiseRanking(Loss):
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         s, t = F.normalize(gather(student.embedding)), F.normalize(gather(teacher.embedding))
-        i, j = self._choose(len(s)).to(s.device)
+        i, j = self._choose(len(s)).to(s.device, non_blocking=True)
         of_student, of_teacher = (s[i] * s[j]).sum(1), (t[i] * t[j]).sum(1)
         lead = of_student.unsqueeze(1) - of_student
         theirs = of_teacher.unsqueeze(1) - of_teacher

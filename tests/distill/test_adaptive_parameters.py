@@ -126,9 +126,13 @@ def test_learned_temperature_descends_and_stays_in_bounds() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[3]
-    with torch.no_grad():
-        loss.log.fill_(-20.0)
-    assert loss.divisor(T).item() == pytest.approx(0.01)
+    for far, bound in ((-20.0, 0.01), (3.0, 1.0)):
+        with torch.no_grad():
+            loss.log.fill_(far)
+        assert loss.divisor(T).item() == pytest.approx(bound)
+        loss.zero_grad()
+        value(loss, S, T).backward()
+        assert loss.log.grad.item() != 0, "a temperature at its bound can come back"
 
 
 def scores(batch: int = 6, classes: int = 9) -> tuple[Output, Output]:

@@ -186,6 +186,7 @@ def test_a_wrong_ensemble_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for arguments, named in (
         ({"members": ["only"]}, "two members"),
         ({"members": ["a", "b"], "weights": [1.0]}, "teacher.weights"),
+        ({"members": ["a", "b"], "weights": [2.0, 1.0], "fusion": "mean"}, "are for fusion von-mises-fisher"),
         ({"members": ["a", "b"], "fuson": "mean"}, "fusion"),
         ({"members": [str(tmp_path / "first"), "nobody-knows"]}, "nobody-knows"),
     ):

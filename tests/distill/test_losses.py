@@ -202,6 +202,14 @@ def test_no_gradient_for_the_teacher_and_inference_tensors_are_welcome(name):
     assert T.grad is None or name == "prompt-guard"  # which is there for what the teacher learns
 
 
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"arcdistill", "cosdistill", "arcdistill-sampled"}))
+def test_a_loss_that_needs_no_teacher_does_not_look_at_it(name):
+    """And all others do; frozen centers are a teacher's too, seen before."""
+    S, T, labels = faces(6, 7, 3)
+    found = [value(after(name, 7), S, said, labels) for said in (T, faces(6, 7, 4)[1])]
+    assert torch.equal(*found) != EVERY[name](7).needs_teacher
+
+
 @every
 def test_resumed_in_the_middle_goes_on_the_same(name):
     run = EVERY[name](7)

@@ -66,6 +66,15 @@ def test_ekd_thresholds_are_of_full_size_from_the_first_step() -> None:
     torch.testing.assert_close(published.thresholds.average[0, 0], median / 100)
 
 
+def test_the_threshold_of_every_impostor_pair_is_the_lowest() -> None:
+    loss, lowest = EKD(one_in=[1], momentum=0.0), []
+    for step in range(3):
+        S, T, labels = faces(9, 4, step)
+        assert value(loss, S, T, labels).isfinite()
+        lowest = [min(c for (i, j), c in cosines(x).items() if labels[i] != labels[j]) for x in (S, T)]
+    assert loss.thresholds.average[:, 0].tolist() == pytest.approx(lowest, rel=1e-5)
+
+
 def test_ekd_skips_the_term_that_has_no_pairs() -> None:
     S, T, labels = faces(6, 4, 1)
     strangers, alike = torch.arange(6), torch.zeros(6, dtype=torch.long)

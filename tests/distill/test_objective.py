@@ -51,6 +51,9 @@ def test_centering_moves_the_teacher_only_and_comparable_agrees_with_the_loss() 
     s, t = objective.comparable(student, teacher)
     assert torch.equal(s.embedding, student.embedding)
     torch.testing.assert_close(t.embedding, teacher.embedding - mean)
+    objective.centering = None
+    learning = [Output(x.embedding.clone().requires_grad_()) for x in (student, teacher)]
+    assert not any(x.embedding.requires_grad for x in objective.comparable(*learning))
 
 
 def test_another_dimension_is_projected_or_refused() -> None:
@@ -213,6 +216,11 @@ def test_learned_weights_settle_at_the_fixed_ones_divided_by_their_terms() -> No
     again, _, _, _ = balanced("learned")
     again.load_state_dict(objective.state_dict())
     assert again.weights_now() == objective.weights_now()
+    with torch.no_grad():
+        logs.fill_(-30.0)
+    logs.grad = None
+    objective(student, teacher, labels)[0].backward()
+    assert (logs.grad != 0).all(), "a weight at its bound can come back"
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,9 +11,12 @@ import torch.nn.functional as F
 
 import faceless
 from distill.losses.cross_architecture import URFM, PromptGuard
+from distill.losses.embedding import CosineEmbedding
 from distill.objective import Objective
 from distill.prompts import PromptedAttention, PromptedTeacher, PromptedWindowAttention, Prompts
+from distill.settings import Validation
 from distill.sources import Batch
+from distill.validation import Validator
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -86,6 +90,19 @@ def test_prompts_are_keys_and_values_of_attention() -> None:
                 torch.testing.assert_close(found[window], expected)
         ours.active = False
         torch.testing.assert_close(ours(x), layer(x))
+
+
+def test_validation_asks_a_teacher_that_learns_each_time() -> None:
+    net = network("vit")
+    prompts = Prompts(tokens=5).into(net)
+    faces = images(4).byte()
+    objective = Objective({"cosine": CosineEmbedding()}, {"cosine": 1.0}, student_dim=8, teacher_dim=8)
+    validator = Validator(Validation(faces=4, neighbors=2), faces, PromptedTeacher(net), objective, torch.device("cpu"))
+    with torch.no_grad():
+        for p in prompts:
+            p.mul_(50.0)
+    # A student that is what the teacher has become.
+    assert validator(copy.deepcopy(net))["cosine"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_only_the_prompts_of_the_teacher_learn_and_the_guard_holds_them() -> None:

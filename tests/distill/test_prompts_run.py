@@ -20,7 +20,7 @@ from distill.objective import Objective
 from distill.prompts import PromptedTeacher, Prompts
 from distill.sources import Batch
 from distill.train import main
-from faceless.errors import command
+from faceless.errors import InputError, command
 from faceless.randomness import Rng
 from tests.distill.test_train import corpus_recipe, student_bytes
 
@@ -31,7 +31,7 @@ LAYERS = {"student_layer": "stages.1", "teacher_layer": "model.blocks.5"}
 
 
 def transformer() -> faceless.Recognizer:
-    return faceless.create("timm", model="test_vit", embedding_dim=16, input_size=160, seed=0)
+    return faceless.create("timm", model="test_vit", embedding_dim=16, input_size=160, framing="dlib", seed=0)
 
 
 def prompted_recipe(folder: Path) -> Path:
@@ -106,12 +106,20 @@ def test_what_does_not_go_with_prompts_or_landmarks_is_one_line(
         (["--teacher_cache", str(tmp_path / "cache")], "remove teacher_cache"),
         (["--prompts", "null"], "the teacher has no layer 'prompted'"),
         (["--prompts.tokens", "0"], "prompts.tokens is 0"),
+        (["--losses.urfm.loss.init_args.teacher_learns", "false"], "prompts: no loss lets the teacher learn"),
+        (["--adaptive.rule", "matched"], "adaptive.rule matched follows gradients of the student"),
+        (["--losses.urfm.loss.init_args.framing", "arcface"], "losses.urfm: framing is arcface, and the teacher knows"),
         (["--source.init_args.landmarks", str(short)], "short.npy: holds float32 (3, 5, 2)"),
         (["--source.init_args.landmarks", str(path)], "not a readable .npy file of landmarks"),
     ):
         with pytest.raises(SystemExit):
             command(main)(["--config", str(path), *arguments])
         assert named in capsys.readouterr().err
+    settings = yaml.safe_load(path.read_text())
+    del settings["losses"]["guard"]
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="teacher_learns is for a teacher with prompts"):
+        main(["--config", str(path), "--prompts", "null"])
 
 
 def learn(rank: int = 0, processes: int = 1) -> torch.Tensor:

@@ -15,7 +15,7 @@ from distill.losses.logits import ClassScores
 from distill.mixtures import MixtureSource
 from distill.settings import Run
 from distill.sources import CorpusSource
-from distill.train import links, make_objective, make_student
+from distill.train import check_teacher, links, make_objective, make_student
 from faceless.settings import ROOT, parse, recipe
 from synth.generate import read_settings
 
@@ -65,6 +65,7 @@ def test_recipe_builds(path) -> None:
         teacher = copy.deepcopy(teacher)
         run.prompts.into(teacher)
     objective = make_objective(run, student, teacher)
+    check_teacher(run, objective, teacher)
     labels = getattr(run.source, "label_file", None)
     for _, loss in objective.terms():
         assert loss.classes in (None, run.pseudo_identities) or labels

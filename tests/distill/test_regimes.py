@@ -108,6 +108,30 @@ def test_snapshots_are_kept_and_teach(tmp_path: Path, teacher: Path) -> None:
     assert alone[:4] != staged[:4]
 
 
+@pytest.mark.parametrize(
+    ("widths", "named"), [([8], "teacher of stage 1 has no layer 'stages.1'"), ([8, 24], "losses.hint: the teacher of")]
+)
+def test_a_stage_whose_layers_are_others_is_named_before_the_run(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], widths: list[int], named: str
+) -> None:
+    shape = {"widths": widths, "depths": [1] * len(widths)}
+    early = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", **shape)
+    faceless.save(early, tmp_path / "early", {})
+    stages = {
+        "class_path": "distill.ensembles.Snapshots",
+        "init_args": {"stages": [str(tmp_path / "early"), str(teacher)]},
+    }
+    hint = {
+        "class_path": f"{LOSSES}.features.Hint",
+        "init_args": dict.fromkeys(("student_layer", "teacher_layer"), "stages.1"),
+    }
+    path = recipe(tmp_path, teacher, **QUIET | {"teacher": stages, "center": False, "losses": {"hint": {"loss": hint}}})
+    with pytest.raises(SystemExit):
+        command(main)(["--config", str(path)])
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run" / "settings.yaml").exists()
+
+
 def test_stages_that_do_not_fit_are_named(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match="found 0 snapshots"):
         Snapshots(stages=str(tmp_path)).load()
@@ -121,7 +145,8 @@ def test_stages_that_do_not_fit_are_named(tmp_path: Path, teacher: Path) -> None
 
 
 def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) -> None:
-    chain = [{"student.options": {"widths": [16, 32], "depths": [1, 1]}}, {"steps": 4}, {}]
+    begun = {"student.start": str(tmp_path / "run" / "link-2" / "student")}  # which is not there yet
+    chain = [{"student.options": {"widths": [16, 32], "depths": [1, 1]}}, {"steps": 4}, begun]
     path = recipe(tmp_path, teacher, chain=chain, **QUIET)
     main(["--config", str(path)])
     runs = [tmp_path / "run" / "link-1", tmp_path / "run" / "link-2", tmp_path / "run"]
@@ -132,8 +157,9 @@ def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) ->
     sizes = [sum(p.numel() for p in faceless.load(run / "student").parameters()) for run in runs]
     assert sizes[0] > 2 * sizes[1] == 2 * sizes[2]
     before = [student_bytes(run) for run in runs]
-    # Stopped in its second link, a chain goes on there.
+    # Stopped in its second link, a chain goes on there, and has done with the first one's teacher.
     link = runs[1]
+    shutil.rmtree(teacher)
     shutil.rmtree(runs[2] / "student")
     shutil.rmtree(runs[2] / "checkpoints")
     (runs[2] / "report.html").unlink()
@@ -146,7 +172,17 @@ def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) ->
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"studnet.name": "x"}, "stud"), ({"teacher": "x"}, "link 2 sets teacher"), ({"steps": "many"}, "steps")],
+    [
+        ({"studnet.name": "x"}, "stud"),
+        ({"teacher": "x"}, "link 2 sets teacher"),
+        ({"teacher.init_args.stages": "x"}, "link 2 sets teacher"),
+        ({"precision": "bf16"}, "link 2 sets precision, which is one for the whole chain"),
+        ({2: "x"}, "link 2 has the key 2"),
+        ({"steps": "many"}, "steps"),
+        ({"steps": 0}, "link 2: steps is 0"),
+        ({"student.name": "slimresnt"}, "link 2: there is no architecture"),
+        ({"losses.contrast.loss.init_args.embedding_dim": 8}, "link 2: losses.contrast"),
+    ],
 )
 def test_a_wrong_link_is_named_before_the_first_is_trained(
     tmp_path: Path,
@@ -232,6 +268,37 @@ def test_without_a_teacher_students_learn_from_labels_and_each_other(tmp_path: P
     with pytest.raises(InputError, match="no teacher: set validation"):
         parse(Run, ["--config", str(path)]).build()
     assert (Nobody(embedding_dim=4).load()[0](torch.zeros(2, 3, 8, 8)).embedding == 0).all()
+
+
+def test_without_a_teacher_generated_faces_serve_and_losses_of_a_teacher_do_not(tmp_path: Path, teacher: Path) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    np.save(tmp_path / "identities.npy", np.arange(64) % 8)
+    deep = {"class_path": f"{LOSSES}.mutual.DeepMutual", "init_args": {"embedding_dim": 16, "classes": 8}}
+    settings = yaml.safe_load(path.read_text()) | QUIET
+    settings["source"]["init_args"]["labels"] = str(tmp_path / "identities.npy")
+    settings |= {"teacher": {"class_path": "distill.ensembles.Nobody", "init_args": {"embedding_dim": 16}}}
+    settings |= {"losses": {"deep": {"loss": deep}}, "peers": [PEER], "center": False, "steps": 2}
+    path.write_text(yaml.safe_dump(settings))
+    main(["--config", str(path)])
+    assert (tmp_path / "run" / "report.html").is_file()
+    settings["losses"]["cosine"] = {"loss": COSINE}
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match=r"losses\.cosine: CosineEmbedding learns from a teacher, and there is none"):
+        main(["--config", str(path), "--output", str(tmp_path / "never")])
+
+
+def test_the_teacher_does_not_see_worse_faces(tmp_path: Path, teacher: Path) -> None:
+    """What it says of faces as they are, kept beforehand, is what it says beside a student of worse ones."""
+    path = corpus_recipe(tmp_path, teacher)
+    settings = (
+        yaml.safe_load(path.read_text()) | QUIET | {"center": False, "steps": 3, "losses": {"c": {"loss": COSINE}}}
+    )
+    settings["degrade"] = {"resolutions": [8], "mask": 1.0, "occlude": 1.0}
+    path.write_text(yaml.safe_dump(settings))
+    main(["--config", str(path), "--output", str(tmp_path / "asked")])
+    main(["--config", str(path), "--output", str(tmp_path / "kept"), "--teacher_cache", str(tmp_path / "cache")])
+    asked, kept = ([entry["loss"] for entry in lines(tmp_path / name) if "loss" in entry] for name in ("asked", "kept"))
+    assert len(asked) == 3 and asked == pytest.approx(kept, rel=1e-4)
 
 
 def test_only_the_student_sees_worse_faces_and_both_are_verified_on_such(tmp_path: Path, teacher: Path) -> None:

@@ -51,6 +51,14 @@ def judged(batch: Batch) -> tuple[Output, Output]:
     return Output(brightness), Output(brightness.flip(1) + 1)
 
 
+@pytest.mark.parametrize("pool", [0, 15])
+def test_no_ensemble_is_aligned_on_faces_that_do_not_exist_yet(pool: int) -> None:
+    early = SynthesisSource(synthesizer=GeneratorTraining(**SMALL, category=1.0, adversarial=1.0), pool=pool)
+    early.prepare(Place(batch_size=8))
+    with pytest.raises(InputError, match="name one recognizer as teacher"):
+        early.sample(4)
+
+
 @pytest.mark.parametrize("kind", ["drawn", "pool"])
 def test_stopped_at_any_step_and_split_over_processes(kind: str) -> None:
     whole = source(kind)
