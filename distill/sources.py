@@ -744,6 +744,11 @@ class OnlineSource(Source):
         detect_size: int = 112,
         tries: int = 4,
     ):
+        if resampling is not None and resampling.mixes and not generator.continuous:
+            raise InputError(
+                f"source: {type(resampling).__name__} draws between two latents, and between those of this "
+                f"{type(generator).__name__} there are none, since they hold numbers of classes or seeds; use HardPool"
+            )
         self.generator, self.resampling = generator, resampling
         self.landmarks, self.framing, self.side = landmarks, framing, size
         self.detect_size, self.tries = detect_size, tries

@@ -31,12 +31,15 @@ from faceless.settings import Settings, parse
 from mining import figures
 from mining.disagreement import Threshold, above_all_but
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
-from mining.faces import Faces, digest, embeddings, unit
+from mining.faces import Faces, check_framing, digest, embeddings, unit
 from mining.gallery import Gallery, read_people
 from mining.identities import cluster
 
 HASH = 64  # bits of a perceptual hash
 CALIBRATION = 10_000  # faces of the reference whose pairs calibrate the thresholds
+LISTED = 16  # nearest faces among which duplicates are looked for first
+PAIRS = 1 << 22  # of a crowd of duplicates that are in memory together
+ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
 
 @dataclass
@@ -93,6 +96,11 @@ class Audit:
             )
         if not self.recognizers:
             raise InputError("recognizers is empty; name at least one")
+        for name, least in (("sample", 1), ("cells", 1), ("neighbors", 1), ("shown", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not self.fmrs or not all(0 < fmr < 1 for fmr in self.fmrs):
+            raise InputError("fmrs needs rates between 0 and 1")
         if self.reference is not None and self.verdict_fmr not in self.fmrs:
             raise InputError(f"verdict_fmr {self.verdict_fmr} is not among fmrs")
 
@@ -114,7 +122,8 @@ def perceptual_hashes(images: Tensor) -> np.ndarray:
 
 def differing_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """``[P]`` number of bits in which two hashes differ."""
-    return np.unpackbits((first ^ second).view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+    found: np.ndarray = ONES[(first ^ second).view(np.uint16).reshape(-1, 4)].sum(1)
+    return found
 
 
 def groups(count: int, first: Ids, second: Ids) -> Ids:
@@ -138,14 +147,28 @@ def near_duplicates(faces: Faces, rows: Floats, cosine: float, bits: int) -> tup
 
     Of a group stays the face of the highest detector score, or else the first.
     """
-    first, second, _ = EmbeddingIndex.of(rows).pairs(rows, cosine)
+    index, everybody = EmbeddingIndex.of(rows), np.arange(len(rows))
+    cosines, ids = index.neighbors(rows, LISTED)
+    above = cosines >= cosine
+    first, second = np.repeat(everybody, above.sum(1)), ids[above]
     involved = np.unique(np.concatenate((first, second)))
     hashes = np.zeros(len(rows), np.uint64)
     for start in range(0, len(involved), 1024):
         part = involved[start : start + 1024]
         hashes[part] = perceptual_hashes(faces.images(part.tolist()))
-    alike = differing_bits(hashes[first], hashes[second]) <= bits
-    group = groups(len(rows), first[alike], second[alike])
+
+    def joined(group: Ids, first: Ids, second: Ids) -> Ids:
+        alike = differing_bits(hashes[first], hashes[second]) <= bits
+        return groups(len(rows), np.concatenate((first[alike], everybody)), np.concatenate((second[alike], group)))
+
+    group = joined(everybody, first, second)
+    # Whose list is full may have more: a generator that collapsed has crowds, of which memory holds a part at a time.
+    crowded = np.flatnonzero(above.all(1)) if above.shape[1] < len(rows) - 1 else everybody[:0]
+    step = max(1, min(64, PAIRS // max(1, len(crowded))))
+    for start in range(0, len(crowded), step):
+        part = crowded[start : start + step]
+        limits, _, second = index.within(rows[part], cosine)
+        group = joined(group, np.repeat(part, np.diff(limits)), second)
     quality = faces.column("score") if "score" in faces.columns else np.zeros(len(rows))
     order = np.lexsort((np.arange(len(rows)), -quality, group))
     stays = np.empty(len(rows), np.int64)
@@ -296,7 +319,8 @@ class Leakage:
     Attributes:
         record: figures for ``audit.json``.
         flagged: ``[F]`` rows that two recognizers or more match to one person at the verdict's rate, closest first.
-        against: ``[F]`` their nearest rows in the reference, in the first recognizer that matches them.
+        against, cosines: ``[F]`` their nearest rows in the reference, and how near, in the first recognizer of those
+            that agree.
         nearest, null: the first recognizer's searches.
         margins: ``[N]`` how far above its threshold a face's second-surest recognizer is, in standard deviations of
             impostors.
@@ -305,6 +329,7 @@ class Leakage:
     record: dict[str, Any]
     flagged: Ids
     against: Ids
+    cosines: Floats
     nearest: Decision
     null: Decision
     margins: Floats
@@ -351,23 +376,25 @@ def leakage(
                 few = threshold.pairs * fmr < 30
                 rates[f"{fmr:g}"] = {"threshold": threshold.value, "pairs": threshold.pairs, "few_pairs": few} | counts
         record["recognizers"][names[key]] = {"sha256": key, "rates": rates}
-    agreed, null_agreed = agreement(seen), agreement(unseen)
+    judge = agreement(seen)
+    agreed, null_agreed = judge >= 0, agreement(unseen) >= 0
     record["agreed"] = excess(agreed, null_agreed) | {"fmr": settings.verdict_fmr}
     margins = np.sort(np.stack([each.margins for each in seen]), axis=0)[-2]
     flagged = np.flatnonzero(agreed)
     flagged = flagged[np.argsort(-margins[flagged], kind="stable")]
-    matching = np.argmax(np.stack([each.hits[flagged] for each in seen]), axis=0)
-    against = np.stack([each.rows[flagged] for each in seen])[matching, np.arange(len(flagged))]
+    against = np.stack([each.rows for each in seen])[judge[flagged], flagged]
+    cosines = np.stack([each.cosines for each in seen])[judge[flagged], flagged]
     record["verdict"] = verdict(record, len(agreed), settings.verdict_fmr)
-    return Leakage(record, flagged, against, seen[0], unseen[0], margins)
+    return Leakage(record, flagged, against, cosines, seen[0], unseen[0], margins)
 
 
-def agreement(seen: list[Decision]) -> np.ndarray:
-    """``[N]`` whether two recognizers or more match a face, and to the same person."""
-    agreed = np.zeros(len(seen[0].hits), bool)
-    for first, second in combinations(seen, 2):
-        agreed |= first.hits & second.hits & (first.people == second.people)
-    return agreed
+def agreement(seen: list[Decision]) -> Ids:
+    """``[N]`` the first recognizer of two or more that match a face to the same person; -1 where none do."""
+    judge = np.full(len(seen[0].hits), -1)
+    for (number, first), (_, second) in combinations(enumerate(seen), 2):
+        agreed = first.hits & second.hits & (first.people == second.people)
+        judge[agreed & (judge < 0)] = number
+    return judge
 
 
 def verdict(record: dict[str, Any], faces: int, fmr: float) -> str:
@@ -436,9 +463,12 @@ def without(faces: Faces, keep: np.ndarray, output: str | Path) -> None:
         )
     removed = int((~keep).sum())
     manifest = faces.manifest | {"rows": int(keep.sum()), "shards": shards, "removed_by_audit": removed}
-    for extra in ("DATASHEET.md", "settings.yaml"):
-        if (faces.folder / extra).is_file():
-            shutil.copyfile(faces.folder / extra, output / extra)
+    if (faces.folder / "settings.yaml").is_file():
+        shutil.copyfile(faces.folder / "settings.yaml", output / "settings.yaml")
+    if (sheet := faces.folder / "DATASHEET.md").is_file():
+        text = sheet.read_text("utf-8").replace(f"- {len(keep):,} generated", f"- {manifest['rows']:,} generated", 1)
+        told = f"{removed:,} of {len(keep):,} faces were removed as near-duplicates of others, or as leaks."
+        atomic_write(output / "DATASHEET.md", f"{text.rstrip()}\n\n## Removed\n{told}\n")
     atomic_write(output / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
@@ -449,23 +479,34 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
     keys = [digest(net) for net in networks]
     if len(set(keys)) < len(keys):
         raise InputError("recognizers: two of them are the same network")
-    raw = {key: embeddings(net, faces, settings.cache, settings.device, progress) for key, net in zip(keys, networks)}
     names = dict(zip(keys, settings.recognizers))
+    check_framing(faces, networks[0], settings.recognizers[0])
+    framing = faces.manifest.get("framing")
+    galleries = [
+        gallery(source, dict(zip(keys, networks)), settings.aligned, framing)
+        for source in (settings.reference, settings.null)
+        if source is not None
+    ]
+    raw = {key: embeddings(net, faces, settings.cache, settings.device, progress) for key, net in zip(keys, networks)}
     centered = unit(raw[keys[0]], center=True)
     group, stays = near_duplicates(faces, centered, settings.duplicate_cosine, settings.duplicate_bits)
     kept = stays == np.arange(len(faces))
     sample = some("diversity", len(faces), settings.sample, settings.seed)
     figures_found: dict[str, Any] = {
         "settings": asdict(settings),
-        "corpus": {"faces": len(faces), "fingerprint": faces.fingerprint},
+        "corpus": {"faces": len(faces), "fingerprint": faces.fingerprint, "framing": framing},
+        "used to other crops": {
+            name: net.spec.framing
+            for name, net in zip(settings.recognizers, networks)
+            if net.spec.framing != (framing or networks[0].spec.framing)
+        },
         "duplicates": {"groups": int((np.bincount(group) > 1).sum()), "removable": int((~kept).sum())},
         "diversity": {"vendi": vendi(centered[sample]), "faces": len(sample), "at_most": min(centered[sample].shape)},
         "balance": balance(centered, settings.cells, settings.seed),
     }
     write_duplicates(output, faces, group, stays, centered, settings.shown)
-    if settings.reference is not None and settings.null is not None:
-        lists = dict(zip(keys, networks))
-        reference, null = (gallery(source, lists, settings.aligned) for source in (settings.reference, settings.null))
+    if settings.reference is not None:
+        reference, null = galleries
         found = leakage(settings, {key: unit(rows) for key, rows in raw.items()}, names, reference, null)
         mean = raw[keys[0]].mean(0)
         real = unit(reference.seen_by(keys[0], names[keys[0]]) - mean)
@@ -487,12 +528,22 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
     return figures_found
 
 
-def gallery(source: str, recognizers: dict[str, Any], aligned: bool) -> Gallery:
-    """A gallery from its file, or from a folder of people."""
-    if Path(source).is_file():
-        return Gallery.load(source)
-    framing = next(iter(recognizers.values())).spec.framing
-    return Gallery.of(*read_people(source, framing, aligned), recognizers)
+def gallery(source: str, recognizers: dict[str, Any], aligned: bool, framing: str | None) -> Gallery:
+    """A gallery from its file, or from a folder of people, cut as the corpus is (None: not known).
+
+    Raises:
+        InputError: it is cut otherwise.
+    """
+    if not Path(source).is_file():
+        wanted = framing or next(iter(recognizers.values())).spec.framing
+        return Gallery.of(*read_people(source, wanted, aligned), recognizers)
+    found = Gallery.load(source)
+    if framing is not None and found.framing not in (None, framing):
+        raise InputError(
+            f"{source}: made from {found.framing} crops, and the corpus holds {framing} crops; make it again with "
+            f"mining/gallery.py --framing {framing}"
+        )
+    return found
 
 
 def write_duplicates(output: Path, faces: Faces, group: Ids, stays: Ids, rows: Floats, shown: int) -> None:
@@ -512,12 +563,12 @@ def write_leaks(output: Path, faces: Faces, found: Leakage, reference: Gallery, 
     table = {"row": found.flagged, "reference_row": found.against, "margin": found.margins[found.flagged]}
     with atomic_path(output / "leaks.parquet") as temporary, temporary.open("wb") as file:
         pq.write_table(pa.table(table), file)
-    rows, against = found.flagged[:shown], found.against[:shown]
+    rows, against, cosines = found.flagged[:shown], found.against[:shown], found.cosines[:shown]
     if not len(rows):  # nothing is flagged: show what comes nearest
         rows = np.argsort(-found.nearest.cosines, kind="stable")[:shown]
-        against = found.nearest.rows[rows]
+        against, cosines = found.nearest.rows[rows], found.nearest.cosines[rows]
     columns = {"corpus": faces.images(rows.tolist())}
-    captions: list[tuple[str, ...]] = [(f"{row}: {found.nearest.cosines[row]:.3f}",) for row in rows]
+    captions: list[tuple[str, ...]] = [(f"{row}: {cosine:.3f}",) for row, cosine in zip(rows, cosines)]
     if reference.images is not None:
         columns["reference"] = reference.images[torch.from_numpy(against)]
         captions = [(*text, f"person {reference.identities[row]}") for text, row in zip(captions, against)]
@@ -546,6 +597,11 @@ def page(found: dict[str, Any]) -> str:
         f"- Vendi score {diversity['vendi']:.1f} on {diversity['faces']:,} faces (at most {diversity['at_most']}).",
         f"- Balance: {even['effective_cells']:.0%} of {even['cells']:.0f} cells in effect; the fullest holds "
         f"{even['largest']:.1%}, the emptiest {even['smallest']:.1%}.",
+    ]
+    lines += [
+        f"- `{name}` knows {framing} crops and sees {found['corpus']['framing'] or 'other'} crops here: it may "
+        "miss more."
+        for name, framing in found["used to other crops"].items()
     ]
     if "coverage" in diversity:
         lines.append(f"- Coverage of the reference: {diversity['coverage']:.1%}.")

@@ -192,6 +192,16 @@ class EmbeddingIndex:
         for begin in range(0, len(rows), CHUNK):
             part = order[begin : begin + CHUNK]
             scores[part], ids[part] = _without(*self.search(rows[part], k + 1), part + first)
+        # Rows far from all others share their lists with too few: there the search goes on into more lists.
+        effort = self.effort
+        while (
+            k and self.kind == "ivf" and self.effort < self.index.nlist and len(few := np.flatnonzero(ids[:, -1] < 0))
+        ):
+            self.effort *= 2
+            for begin in range(0, len(few), CHUNK):
+                part = few[begin : begin + CHUNK]
+                scores[part], ids[part] = _without(*self.search(rows[part], k + 1), part + first)
+        self.effort = effort
         return scores, ids
 
     def _by_list(self) -> Ids:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -62,6 +63,11 @@ class Faces:
         if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
             raise InputError(f"{self.paths[0]}: has no column image with the bytes of image files")
         self.starts = np.cumsum([0] + [file.metadata.num_rows for file in self.files])
+        if not len(self):
+            raise InputError(f"{folder}: its shards hold no faces")
+        self._groups = [(shard, group) for shard, file in enumerate(self.files) for group in range(file.num_row_groups)]
+        sizes = [self.files[shard].metadata.row_group(group).num_rows for shard, group in self._groups]
+        self._group_starts = np.cumsum([0, *sizes])
         self.manifest: dict[str, Any] = self._manifest()
 
     def __len__(self) -> int:
@@ -104,40 +110,61 @@ class Faces:
     def encoded(self, rows: Sequence[int] | range) -> list[bytes]:
         """The bytes of the image files of these rows."""
         found: list[bytes] = [b""] * len(rows)
-        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for place, row in enumerate(rows):
-            shard, group, inside = self._where(int(row))
-            wanted.setdefault((shard, group), []).append((place, inside))
-        for (shard, group), places in wanted.items():
+        for (shard, group), places in self._by_group(rows).items():
             column = self._group(shard, group, "image")
             for place, inside in places:
                 found[place] = column[inside]["bytes"].as_py() or b""
         return found
 
-    def column(self, name: str) -> np.ndarray:
-        """A whole numeric column, ``[N]`` or ``[N, k]``."""
+    def column(self, name: str, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """A numeric column, ``[N]`` or ``[N, k]``: whole, or of ``rows`` in their order.
+
+        Raises:
+            InputError: there is none of this name, it holds no numbers or not in every row, or a shard is damaged.
+        """
         if name not in self.columns or name == "image":
             raise InputError(f"{self.folder}: has no numeric column {name!r}; it has {', '.join(self.columns)}")
-        return np.concatenate([numbers(file.read(columns=[name])[name]) for file in self.files])
+        what = f"{self.folder}: column {name!r}"
+        if rows is None:
+            parts = [numbers(self._read(shard, name), what) for shard in range(len(self.files))]
+            places: Sequence[int] | slice = slice(None)
+        else:
+            wanted = self._by_group(rows)
+            parts = [numbers(self._group(*self._groups[0], name), what)[:0]]
+            for (shard, group), found in wanted.items():
+                parts.append(numbers(self._group(shard, group, name), what)[[inside for _, inside in found]])
+            places = np.argsort([place for found in wanted.values() for place, _ in found]).tolist()
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise InputError(f"{what} holds lists of unequal length")
+        return np.concatenate(parts)[places]
+
+    def _by_group(self, rows: Sequence[int] | np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """By shard and row group: places in ``rows``, and rows in that group."""
+        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for place, row in enumerate(rows):
+            shard, group, inside = self._where(int(row))
+            wanted.setdefault((shard, group), []).append((place, inside))
+        return wanted
 
     def _where(self, row: int) -> tuple[int, int, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        inside, group, meta = row - int(self.starts[shard]), 0, self.files[shard].metadata
-        while inside >= meta.row_group(group).num_rows:
-            inside -= meta.row_group(group).num_rows
-            group += 1
-        return shard, group, inside
+        number = int(np.searchsorted(self._group_starts, row, side="right")) - 1
+        return *self._groups[number], row - int(self._group_starts[number])
 
     def _group(self, shard: int, group: int, column: str) -> pa.Array:
         if getattr(self, "_last", (None,))[0] != (shard, group, column):
-            try:
-                read = self.files[shard].read_row_group(group, columns=[column])[column].combine_chunks()
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{self.paths[shard]}: damaged ({error})") from error
-            self._last = (shard, group, column), read
+            self._last = (shard, group, column), self._read(shard, column, group)
         return self._last[1]
+
+    def _read(self, shard: int, column: str, group: int | None = None) -> pa.Array:
+        file = self.files[shard]
+        try:
+            read = file.read(columns=[column]) if group is None else file.read_row_group(group, columns=[column])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{self.paths[shard]}: damaged ({error})") from error
+        chunks = read[column].chunks
+        return pa.concat_arrays(chunks) if chunks else pa.array([], read.schema.field(column).type)
 
     def _decode(self, data: bytes, row: int) -> np.ndarray:
         try:
@@ -149,12 +176,38 @@ class Faces:
             raise InputError(f"{self.folder}: row {row} is not a readable image") from error
 
 
-def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """Values of a numeric column, ``[n]``, or ``[n, k]`` where its entries are lists of equal length."""
-    array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if pa.types.is_fixed_size_list(array.type):
-        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
-    return array.to_numpy(zero_copy_only=False)
+def numbers(array: pa.Array, what: str) -> np.ndarray:
+    """Values of a numeric column, ``[n]``, or ``[n, k]`` where its entries are lists of equal length.
+
+    Args:
+        what: the column, for messages.
+
+    Raises:
+        InputError: they are not, or some are missing.
+    """
+    lists = any(is_list(array.type) for is_list in (pa.types.is_fixed_size_list, pa.types.is_list))
+    values = array.flatten() if lists else array
+    if array.null_count or values.null_count:
+        raise InputError(f"{what} lacks a number in some rows")
+    even = not lists or len(pc.unique(pc.list_value_length(array))) <= 1
+    if not even or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise InputError(f"{what} holds no numbers, or lists of unequal length")
+    found: np.ndarray = values.to_numpy(zero_copy_only=False)
+    return found.reshape(len(array), -1) if lists and len(array) else found
+
+
+def check_framing(faces: Faces, recognizer: Recognizer, name: str) -> None:
+    """Compare how the faces of a corpus are cut, where it says so, with what a network knows.
+
+    Raises:
+        InputError: they are cut otherwise.
+    """
+    found = faces.manifest.get("framing")
+    if found is not None and found != recognizer.spec.framing:
+        raise InputError(
+            f"{faces.folder}: its faces are {str(found)[:40]} crops, and {name} knows {recognizer.spec.framing} crops; "
+            "use faces of that framing, or another network"
+        )
 
 
 def digest(recognizer: Recognizer) -> str:
@@ -171,6 +224,9 @@ def embeddings(
     """Embeddings ``[N, D]`` of all faces as the network emits them (any norm), computed once and kept in ``cache``.
 
     The cache is keyed by weights and faces and written in parts: an interrupted run goes on.
+
+    Raises:
+        InputError: a part of the cache is damaged, or an embedding is not finite.
     """
     key = hashlib.sha256(f"{digest(recognizer)} {faces.fingerprint}".encode()).hexdigest()[:16]
     folder = Path(cache) / f"embeddings-{key}"
@@ -198,6 +254,11 @@ def embeddings(
             raise InputError(f"{path}: damaged ({error}); delete it and run again") from error
         if part.shape != (stop - first, recognizer.embedding_dim) or part.dtype != np.float32:
             raise InputError(f"{path}: damaged; delete it and run again")
+        if not (finite := np.isfinite(part).all(1)).all():
+            raise InputError(
+                f"{faces.folder}: row {first + int(finite.argmin())}: its embedding is not finite: the network is "
+                "broken"
+            )
         parts.append(part)
     bar.close()
     return np.concatenate(parts)

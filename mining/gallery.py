@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,11 +40,13 @@ class Gallery:
         identities: ``[G]`` numbers of people.
         embeddings: ``[G, D]`` as emitted, by the SHA-256 of the recognizer (`mining.faces.digest`).
         images: ``[G, 3, H, W]`` uint8, or None where only embeddings are known.
+        framing: how the faces were cut, ``dlib`` or ``arcface``; None where that is not known.
     """
 
     identities: Ids
     embeddings: dict[str, Floats]
     images: Tensor | None = None
+    framing: str | None = None
 
     def __len__(self) -> int:
         return len(self.identities)
@@ -54,15 +57,18 @@ class Gallery:
         found = {}
         for key, net in recognizers.items():
             with torch.inference_mode():
-                found[key] = torch.cat([net.eval()(part).embedding.float() for part in images.split(128)]).numpy()
+                device = net.scale.device
+                parts = [net.eval()(part.to(device)).embedding.float().cpu() for part in images.split(128)]
+            found[key] = torch.cat(parts).numpy()
         return cls(np.asarray(identities, np.int64), found, images)
 
     def save(self, path: str | Path) -> None:
         """Write embeddings and identities, and no picture."""
         tensors = {f"embeddings.{key}": torch.from_numpy(rows) for key, rows in self.embeddings.items()}
         tensors["identities"] = torch.from_numpy(self.identities)
+        about = json.dumps({"format": "gallery", "version": 1, "framing": self.framing})
         with atomic_path(path) as temporary:
-            save_file(tensors, str(temporary), metadata={"faceless": json.dumps({"format": "gallery", "version": 1})})
+            save_file(tensors, str(temporary), metadata={"faceless": about})
 
     @classmethod
     def load(cls, path: str | Path) -> Gallery:
@@ -73,12 +79,15 @@ class Gallery:
         """
         try:
             with safe_open(str(path), "pt") as file:
-                if json.loads((file.metadata() or {}).get("faceless", "{}")).get("format") != "gallery":
+                about = json.loads((file.metadata() or {}).get("faceless", "{}"))
+                if about.get("format") != "gallery" or about.get("framing") not in (None, *align.FRAMINGS):
                     raise InputError(f"{path}: is no gallery; write one with mining/gallery.py")
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: not readable as a gallery ({error})") from error
         identities = found.pop("identities", torch.empty(0, dtype=torch.int64))
+        if identities.ndim != 1 or identities.is_floating_point() or identities.is_complex():
+            raise InputError(f"{path}: identities are not one whole number for each face")
         for name, rows in found.items():
             if (
                 rows.ndim != 2
@@ -88,7 +97,7 @@ class Gallery:
             ):
                 raise InputError(f"{path}: {name} are not finite embeddings of {len(identities)} faces")
         rows = {name.removeprefix("embeddings."): tensor.numpy() for name, tensor in found.items()}
-        return cls(identities.numpy().astype(np.int64), rows)
+        return cls(identities.numpy().astype(np.int64), rows, framing=about.get("framing"))
 
     def seen_by(self, key: str, name: str) -> Floats:
         """The embeddings of a recognizer.
@@ -150,22 +159,30 @@ class Making:
         recognizers: anything `faceless.load` takes.
         output: the file.
         aligned: whether the images are crops already; otherwise faces are found and cut out (dlib).
+        framing: how they are cut: as the corpus is that they will be compared with. Null takes what the recognizers
+            know, if that is one framing.
     """
 
     faces: str
     recognizers: list[str]
     output: str = "gallery.safetensors"
     aligned: bool = True
+    framing: Literal["dlib", "arcface"] | None = None
 
 
 def make(settings: Making) -> Gallery:
     """Embed the pictures and write the gallery."""
     networks = [faceless.load(source) for source in settings.recognizers]
-    framings = {net.spec.framing for net in networks}
+    framings = {net.spec.framing for net in networks} if settings.framing is None else {str(settings.framing)}
     if len(framings) != 1:
-        raise InputError(f"recognizers: want crops of different framings ({', '.join(sorted(framings))})")
-    images, people = read_people(settings.faces, framings.pop(), settings.aligned)
+        raise InputError(
+            f"recognizers: know crops of different framings ({', '.join(sorted(framings))}); say which: framing, as "
+            "the corpus has them"
+        )
+    framing = framings.pop()
+    images, people = read_people(settings.faces, framing, settings.aligned)
     gallery = Gallery.of(images, people, {digest(net): net for net in networks})
+    gallery.framing = framing
     gallery.save(settings.output)
     return gallery
 

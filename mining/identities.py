@@ -23,7 +23,7 @@ from faceless.files import atomic_path, atomic_write
 from faceless.settings import Settings, parse
 from mining.disagreement import impostor_threshold
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
-from mining.faces import Faces, embeddings, unit
+from mining.faces import Faces, check_framing, embeddings, unit
 
 
 @dataclass
@@ -63,6 +63,8 @@ class Identities:
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters < 2:
             raise InputError(f"clusters is {self.clusters}; it must be at least 2")
+        if not 0 < self.far < 1:
+            raise InputError(f"far is {self.far}; it must be between 0 and 1")
         if not self.sweep or min(self.sweep) <= 0 or self.neighbors < 1 or self.smallest < 1:
             raise InputError("sweep needs positive factors; neighbors and smallest must be at least 1")
 
@@ -168,6 +170,8 @@ def refine(
     moved = np.zeros_like(centers)
     np.add.at(moved, labels[core], rows[core])
     moved = unit(moved[np.bincount(labels[core], minlength=len(centers)) > 0])
+    if not len(moved):
+        return np.full(len(rows), -1), np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
     scores, nearest = EmbeddingIndex.of(moved).search(rows, min(2, len(moved)))
     cosines = scores[:, 0]
     lead = cosines - scores[:, 1] if len(moved) > 1 else np.full(len(rows), np.float32(2))
@@ -195,7 +199,11 @@ def purity(labels: Ids, truth: Ids) -> float:
 def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     """Cluster, refine, write; returns the summary."""
     faces, output = Faces(settings.corpus), Path(settings.output)
-    raw = embeddings(faceless.load(settings.teacher), faces, settings.cache, settings.device, progress)
+    if len(faces) < 2:
+        raise InputError(f"{settings.corpus}: 1 face; clusters need at least 2")
+    teacher = faceless.load(settings.teacher)
+    check_framing(faces, teacher, settings.teacher)
+    raw = embeddings(teacher, faces, settings.cache, settings.device, progress)
     rows = unit(raw, center=settings.center)
     threshold = impostor_threshold(rows, settings.far, seed=settings.seed)
     tried: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ import faceless
 from faceless.errors import InputError, command
 from faceless.settings import Settings, parse
 from mining.embedding_index import EmbeddingIndex, Floats
-from mining.faces import Faces, embeddings, unit
+from mining.faces import Faces, check_framing, embeddings, unit
 
 
 @dataclass
@@ -86,7 +86,9 @@ def measure(settings: Intrinsic, progress: bool = True) -> dict[str, float]:
         raise InputError(f"{settings.corpus}: {len(faces)} faces; nearest neighbors need at least 3")
     found = {}
     for model in settings.models:
-        raw = embeddings(faceless.load(model), faces, settings.cache, settings.device, progress)
+        network = faceless.load(model)
+        check_framing(faces, network, model)
+        raw = embeddings(network, faces, settings.cache, settings.device, progress)
         found[model] = two_nn(unit(raw, center=settings.center))
     return found
 

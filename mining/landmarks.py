@@ -5,6 +5,7 @@ For losses that compare places of a face (`distill.losses.cross_architecture.URF
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -59,7 +60,9 @@ def mark(settings: Marking, progress: bool = True) -> Floats:
     """Find and write the landmarks of a corpus; a command that was stopped goes on."""
     faces, output = Faces(settings.corpus), Path(settings.output)
     starts = range(0, len(faces), PART)
-    paths = [output / f"part-{number:06d}.npy" for number in range(len(starts))]
+    # Parts of another corpus or size, from a command that was stopped, are not these.
+    key = hashlib.sha256(f"{faces.fingerprint} {settings.detect_size}".encode()).hexdigest()[:16]
+    paths = [output / f"part-{key}-{number:06d}.npy" for number in range(len(starts))]
     for first, path in zip(tqdm(starts, desc="landmarks", unit="part", disable=not progress), paths, strict=True):
         if not path.is_file():
             rows = range(first, min(first + PART, len(faces)))

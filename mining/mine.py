@@ -30,7 +30,7 @@ from mining.disagreement import (
     neighborhoods,
     pointwise,
 )
-from mining.faces import Faces, Floats, digest, embeddings, unit
+from mining.faces import Faces, Floats, check_framing, digest, embeddings, unit
 
 
 @dataclass
@@ -84,7 +84,12 @@ class Mining:
 def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     """Score the corpus and write the results; returns the summary."""
     faces, output = Faces(settings.corpus), Path(settings.output)
-    networks = {name: faceless.load(source) for name, source in (("t", settings.teacher), ("s", settings.student))}
+    if len(faces) < 2:
+        raise InputError(f"{settings.corpus}: 1 face; neighborhoods need at least 2")
+    sources = {"t": settings.teacher, "s": settings.student}
+    networks = {name: faceless.load(source) for name, source in sources.items()}
+    for name, net in networks.items():
+        check_framing(faces, net, sources[name])
     raw = {name: embeddings(net, faces, settings.cache, settings.device, progress) for name, net in networks.items()}
     T, S = (unit(raw[name], center=settings.center) for name in "ts")
     if settings.rank_by == "pointwise" and S.shape != T.shape:
@@ -150,7 +155,7 @@ def write_rows(
     }
     columns |= {name: pa.array(values[rows], pa.float32()) for name, values in scores.items()}
     if "latent" in faces.columns:
-        latents = faces.column("latent")[rows].astype(np.float32)
+        latents = faces.column("latent", rows).astype(np.float32)
         columns["latent"] = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), latents.shape[1])
     table = pa.table(columns).replace_schema_metadata({"judges": json.dumps(judges)})
     with atomic_path(path) as temporary, temporary.open("wb") as file:

@@ -27,9 +27,11 @@ class Resampling(ABC):
 
     Attributes:
         state: everything that was learned, by name; checkpointed.
+        mixes: whether it draws around points between latents, which a generator's must allow (`Generator.continuous`).
     """
 
     names: tuple[str, ...]
+    mixes = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -156,6 +158,7 @@ class ConfusedPairs(Resampling):
     """
 
     names = ("first", "second", "priority", "latents", "student", "teacher")
+    mixes = True
 
     def __init__(
         self,

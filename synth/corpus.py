@@ -235,6 +235,8 @@ class Corpus:
         return list(self.manifest["columns"])
 
     def repair_hint(self) -> str:
+        if "removed_by_audit" in self.manifest:
+            return "rows of this corpus were removed: remove them anew with mining/audit.py from the whole corpus"
         settings = self.folder / "settings.yaml"
         return f"python synth/generate.py --config {settings} --output {self.folder} --repair true writes it again"
 
@@ -402,6 +404,12 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_fixed_size_list(array.type):
         return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
     return array.to_numpy(zero_copy_only=False)
+
+
+def has_its_size(folder: Path, shard: dict[str, Any]) -> bool:
+    """Whether a shard is there, with as many bytes as the manifest says."""
+    path = folder / shard["name"]
+    return path.is_file() and path.stat().st_size == shard["bytes"]
 
 
 def damaged_shards(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[int, str]:

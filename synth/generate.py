@@ -30,7 +30,16 @@ from faceless.errors import InputError, command
 from faceless.files import atomic_write, sha256
 from faceless.settings import Settings, parse
 from synth.blocks import Blocks, Pool, columns, teacher
-from synth.corpus import FORMAT, VERSION, Corpus, CorpusWriter, damaged_shards, read_manifest, write_manifest
+from synth.corpus import (
+    FORMAT,
+    VERSION,
+    Corpus,
+    CorpusWriter,
+    damaged_shards,
+    has_its_size,
+    read_manifest,
+    write_manifest,
+)
 from synth.datasheet import contact_sheet, datasheet
 from synth.near import judges
 from synth.settings import Generation
@@ -70,6 +79,8 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
             raise InputError(f"{folder}: holds a corpus of other generator weights; choose another output")
         if made.repair and rank == 0:
             repair(made, existing, progress)
+        while made.repair and not all(has_its_size(folder, shard) for shard in existing["shards"]):
+            time.sleep(0.05)  # until rank 0 has put them there
         return Corpus(folder)
     if made.repair:
         raise InputError(f"{folder}: there is no finished corpus to repair here (no manifest.json)")
@@ -113,7 +124,13 @@ def recorded(settings: Settings[Generation], made: Generation) -> dict[str, Any]
     """The settings that make the corpus what it is; files in them by their SHA-256."""
     content = described(settings)
     if made.teacher is not None:
-        content["teacher_sha256"] = teacher(made.teacher, made.device).source["sha256"]
+        network = teacher(made.teacher, made.device)
+        if made.align is not None and network.spec.framing != made.align.framing:
+            raise InputError(
+                f"teacher {made.teacher}: knows {network.spec.framing} crops, and align.framing is "
+                f"{made.align.framing}; use the same"
+            )
+        content["teacher_sha256"] = network.source["sha256"]
     return content
 
 
@@ -257,18 +274,27 @@ def write_manifest_and_sheets(
 
 
 def write_sheets(folder: Path, manifest: dict[str, Any]) -> None:
-    atomic_write(folder / "DATASHEET.md", datasheet(manifest))
-    first = pq.ParquetFile(folder / manifest["shards"][0]["name"]).read_row_group(0, columns=["image"])["image"]
-    atomic_write(folder / "contact_sheet.png", contact_sheet([image["bytes"] for image in first[:128].to_pylist()]))
+    """Those that are missing: others may have written into a datasheet that is there, as audits do."""
+    if not (folder / "DATASHEET.md").is_file():
+        atomic_write(folder / "DATASHEET.md", datasheet(manifest))
+    if not (folder / "contact_sheet.png").is_file():
+        first = pq.ParquetFile(folder / manifest["shards"][0]["name"]).read_row_group(0, columns=["image"])["image"]
+        atomic_write(folder / "contact_sheet.png", contact_sheet([image["bytes"] for image in first[:128].to_pylist()]))
 
 
 def repair(made: Generation, manifest: dict[str, Any], progress: bool) -> None:
     """Write the missing and damaged shards of a finished corpus again, byte by byte as they were.
 
     Raises:
-        InputError: they come out with other bytes, because libraries or processor are not those of the corpus.
+        InputError: they come out with other bytes, because libraries or processor are not those of the corpus; or rows
+            of it were removed.
     """
     folder, shards = Path(made.output), manifest["shards"]
+    if "removed_by_audit" in manifest:
+        raise InputError(
+            f"{folder}: rows of it were removed, so its seed does not make it again; remove them anew with "
+            "mining/audit.py from the whole corpus"
+        )
     damaged = damaged_shards(folder, shards)
     scratch = folder / ".repair"
     shutil.rmtree(scratch, ignore_errors=True)

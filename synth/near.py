@@ -102,6 +102,14 @@ def unpack(made: Generation, folder: Path) -> None:
                         f"{type(made.generator).__name__} takes"
                     )
                 out[done : done + len(lists)] = values.reshape(len(lists), size)
+                who = made.generator.identity(
+                    torch.from_numpy(values.reshape(len(lists), *made.generator.latent_shape))
+                )
+                if who is not None and not (who.min() >= 0 and who.max() < made.generator.identities):
+                    raise InputError(
+                        f"{path}: column latent is of identities up to {int(who.max())}, and the generator knows 0 to "
+                        f"{made.generator.identities - 1}"
+                    )
                 done += len(lists)
                 if "score" in names:
                     scores.append(batch.column("score").to_numpy(zero_copy_only=False).astype(np.float64))

@@ -62,6 +62,12 @@ def survey(wanted: Survey) -> dict[str, Any]:
     rows = permutation(wanted.seed, "survey", len(corpus))[: wanted.faces].sort().values
     if wanted.teacher is not None:
         network = load(wanted.teacher).to(wanted.device).eval()
+        framing = corpus.manifest.get("framing")
+        if framing is not None and framing != network.spec.framing:
+            raise InputError(
+                f"{corpus.folder}: its faces are {str(framing)[:40]} crops, and {wanted.teacher} knows "
+                f"{network.spec.framing} crops; name a teacher of that framing"
+            )
         with torch.inference_mode():
             raw = torch.cat([network(corpus.images(part).to(wanted.device)).embedding.cpu() for part in rows.split(64)])
         who = {"teacher": wanted.teacher, "teacher_sha256": network.source["sha256"]}

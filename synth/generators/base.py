@@ -46,7 +46,13 @@ class FaceMaker(nn.Module, ABC):
 
 
 class Generator(FaceMaker):
-    """Latents to unlabeled faces. Pure in its inputs: the same latents give the same faces on any batch split."""
+    """Latents to unlabeled faces. Pure in its inputs: the same latents give the same faces on any batch split.
+
+    Attributes:
+        continuous: whether a point between two latents is a latent; not where one holds the number of a class or seed.
+    """
+
+    continuous: bool = True
 
     def sample_latents(self, n: int, rng: Rng) -> Tensor:
         """``[n, *latent_shape]``, standard normal unless a generator says otherwise; ``len(rng) == n``."""

@@ -264,6 +264,7 @@ class Diffusion(Generator):
         self.seeds = SEEDS if self.draws() else 0
         behind = self.seeds + bool(self.identities)
         self.latent_shape = (self.count + behind,) if behind else self.noise_shape
+        self.continuous = not behind
         self.licence = licence(folder)
         self._record = {
             "weights_sha256": digest(folder, [name for name in PARTS if name in parts]),

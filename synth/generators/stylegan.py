@@ -93,6 +93,7 @@ class StyleGAN(Generator):
         self.noise, self.label = noise, label
         code = {"z": self.z_dim + self.c_dim, "w": self.w_dim, "w+": self.rows * self.w_dim}[space]
         self.latent_shape = (code + (noise == "random"),)
+        self.continuous = noise != "random" and not (space == "z" and self.c_dim)
         self.crop, self.face_size = crop, synthesis.size
         if crop is None:
             if crop_size is not None:

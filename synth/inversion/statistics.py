@@ -153,6 +153,12 @@ class BatchStatistics:
 
     def _keep(self, number: int, x: Tensor) -> None:
         self._now[number] = _moments(x)
+        layer = self.layers[number]
+        if self._now[number][0].shape != layer.mean.shape:
+            raise InputError(
+                f"statistics of {layer.name!r} are of {len(layer.mean)} channels, and the teacher has "
+                f"{len(self._now[number][0])} there; measure its own"
+            )
         if self.keep_means:
             self._means[number] = precise(x).flatten(2).mean(2) if x.ndim > 2 else precise(x)
 

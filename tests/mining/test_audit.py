@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 import faceless
 from faceless.errors import InputError
 from mining.audit import (
+    Decision,
+    agreement,
     balance,
     calibrate,
     coverage,
@@ -24,10 +27,11 @@ from mining.audit import (
     excess,
     groups,
     main,
+    near_duplicates,
     perceptual_hashes,
     vendi,
 )
-from mining.faces import digest, unit
+from mining.faces import Faces, digest, unit
 from mining.gallery import Gallery
 from mining.gallery import main as make_gallery
 from synth.corpus import Corpus
@@ -203,6 +207,13 @@ def test_duplicates_are_removed_and_what_is_left_is_a_corpus(tmp_path: Path) -> 
     assert "was not audited for that" not in sheet
     with pytest.raises(InputError, match="is there already"):
         main(given)
+    sheet = (tmp_path / "rest" / "DATASHEET.md").read_text()
+    assert f"- {len(rest):,} generated faces" in sheet and f"{len(dropped):,} of 600 faces were removed" in sheet
+    (rest.folder / rest.shards[0]["name"]).unlink()
+    with pytest.raises(InputError, match=r"rows of it were removed.*audit"):
+        generate(
+            read_settings(["--config", str(tmp_path / "recipe.yaml"), "--output", str(rest.folder), "--repair", "true"])
+        )
 
 
 def test_galleries_of_strangers_are_checked(tmp_path: Path) -> None:
@@ -237,3 +248,69 @@ def test_leakage_needs_two_recognizers_and_a_null(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     with pytest.raises(InputError, match="one sub-folder of images for each person"):
         make_gallery(["--faces", str(tmp_path / "p"), "--recognizers", json.dumps([network(tmp_path / "n", 0)])])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("fmrs", "[0.0, 1e-4]", "fmrs needs rates between 0 and 1"),
+        ("fmrs", "[]", "fmrs needs rates between 0 and 1"),
+        ("cells", "0", "cells is 0"),
+        ("sample", "0", "sample is 0"),
+        ("neighbors", "0", "neighbors is 0"),
+        ("shown", "-1", "shown is -1"),
+    ],
+)
+def test_impossible_settings_are_one_line(option: str, value: str, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        main(["--corpus", "c", f"--{option}", value])
+
+
+def test_a_crowd_of_duplicates_needs_no_memory_for_its_pairs(tmp_path: Path) -> None:
+    """A generator that collapsed is what an audit is there to find: 3,000 alike faces are 4.5 million pairs."""
+    corpus = write(tmp_path / "corpus", np.zeros((3100, 8, 8, 3), np.uint8), shards=1)
+    alone = rows(100, 32)
+    embedded = np.concatenate((np.tile(rows(1, 32, seed=9), (3000, 1)), alone))
+    tracemalloc.start()
+    group, stays = near_duplicates(Faces(corpus), embedded, 0.95, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (group[:3000] == 0).all() and (stays[:3000] == 0).all()
+    assert group[3000:].tolist() == stays[3000:].tolist() == list(range(3000, 3100))
+    assert peak < 60e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_leaks_are_shown_beside_the_person_that_two_recognizers_agree_on() -> None:
+    def decision(person: int) -> Decision:
+        one = np.ones(1, np.float32)
+        return Decision(one, np.array([10 * person]), np.array([person]), np.array([True]), one)
+
+    assert agreement([decision(1), decision(2), decision(2)]).tolist() == [1]
+    assert agreement([decision(1), decision(2), decision(1)]).tolist() == [0]
+    assert agreement([decision(1), decision(2)]).tolist() == [-1]
+
+
+def test_a_gallery_and_a_corpus_are_cut_alike(tmp_path: Path) -> None:
+    net = network(tmp_path / "net", 0)
+    options = {"widths": [8, 16], "depths": [1, 1], "head": "flat"}
+    other = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="arcface", seed=1, **options)
+    faceless.save(other, tmp_path / "other", {})
+    nets = json.dumps([net, str(tmp_path / "other")])
+    folder = people_folder(tmp_path / "people", range(8))
+    files = {framing: str(tmp_path / f"{framing}.safetensors") for framing in ("dlib", "arcface")}
+    with pytest.raises(InputError, match="say which: framing"):
+        make_gallery(["--faces", str(folder), "--recognizers", nets, "--output", files["dlib"]])
+    for framing, file in files.items():
+        make_gallery(["--faces", str(folder), "--recognizers", nets, "--framing", framing, "--output", file])
+        assert Gallery.load(file).framing == framing
+    corpus = write(tmp_path / "corpus", pictures(np.arange(12)), shards=1)
+    shards = [{"name": "0.parquet", "rows": 12, "sha256": "0" * 64}]
+    (corpus / "manifest.json").write_text(json.dumps({"shards": shards, "framing": "dlib"}))
+    given = ["--corpus", str(corpus), "--recognizers", nets, "--fmrs", "[0.1]", "--verdict_fmr", "0.1"]
+    given += ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"arcface.safetensors.*arcface crops.*dlib crops"):
+        main([*given, "--reference", files["arcface"], "--null", files["dlib"]])
+    main([*given, "--reference", files["dlib"], "--null", files["dlib"]])
+    assert "other` knows arcface crops and sees dlib crops here" in (tmp_path / "out" / "AUDIT.md").read_text()
+    with pytest.raises(InputError, match="knows arcface crops"):
+        main(["--corpus", str(corpus), "--recognizers", json.dumps([str(tmp_path / "other")])])

@@ -176,6 +176,18 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         EmbeddingIndex.load(tmp_path / "cut")
 
 
+def test_rows_far_from_all_others_have_neighbors_too() -> None:
+    """A row in a small list of its own finds nobody there; the search then goes on."""
+    rows = np.concatenate((clustered(1500, clusters=3), 9 * np.eye(16, dtype=np.float32), -9 * np.eye(16)[:4]))
+    index = EmbeddingIndex.of(rows.astype(np.float32), kind="ivf", recall=0.0)
+    effort = index.effort
+    assert effort == 1 and (index.search(rows, 61)[1] < 0).any()
+    scores, ids = index.neighbors(rows, 60)
+    assert (ids >= 0).all() and np.isfinite(scores).all()
+    assert all(len(set(found) - {row}) == 60 for row, found in enumerate(ids.tolist()))
+    assert index.effort == effort
+
+
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same() -> None:
     rows = clustered(5000)

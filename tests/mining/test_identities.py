@@ -95,3 +95,16 @@ def test_the_command_leaves_labels_that_a_source_can_read(tmp_path: Path) -> Non
     assert found["labeled"] == (labels >= 0).sum() > 80
     assert found["purity"]["identities"] == pytest.approx(purity(labels, truth))
     assert purity(labels, truth) > 0.8
+
+
+def test_where_nothing_is_dense_nobody_has_a_label(tmp_path: Path) -> None:
+    """As many clusters as faces: none of them has a core."""
+    rows, _ = people(20, 1, 0.0)
+    found, cosines, lead = refine(rows, rows, np.arange(20), 0.5)
+    assert (found == -1).all() and np.isfinite(cosines).all() and np.isfinite(lead).all()
+    corpus = write(tmp_path / "corpus", pictures(np.arange(20)))
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "net", 0), "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="no cluster is left after refinement"):
+        main([*given, "--clusters", "20", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    with pytest.raises(InputError, match=r"far is 0.0; .*between 0 and 1"):
+        main([*given, "--far", "0"])

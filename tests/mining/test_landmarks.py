@@ -62,3 +62,27 @@ def test_a_stopped_search_goes_on_and_faces_without_landmarks_are_told(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["landmarks.npy"]
     found = read_landmarks(tmp_path / "out" / "landmarks.npy", 10)
     assert found.shape == (10, 5, 2) and found.isnan().all()
+
+
+def test_what_is_left_of_another_corpus_or_size_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landmarks, "PART", 4)
+    first, second = (write(tmp_path / name, pictures(np.arange(6) % 3, seed)) for seed, name in enumerate("ab"))
+    asked: list[int] = []
+    look = landmarks.landmarks
+
+    class StoppedError(Exception):
+        pass
+
+    def counting(images: torch.Tensor, size: int) -> torch.Tensor:
+        asked.append(len(images))
+        if asked in ([4, 2], [4, 2, 4, 2]):
+            raise StoppedError
+        return look(images, size)
+
+    monkeypatch.setattr(landmarks, "landmarks", counting)
+    out = str(tmp_path / "out")
+    for corpus, size in ((first, 80), (first, 96)):
+        with pytest.raises(StoppedError):
+            mark(Marking(corpus=str(corpus), output=out, detect_size=size), progress=False)
+    mark(Marking(corpus=str(second), output=out, detect_size=96), progress=False)
+    assert asked == [4, 2] * 3, "every face of the other corpus, and of the other size, was looked at"

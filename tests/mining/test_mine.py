@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ import faceless
 from faceless.errors import InputError
 from mining.disagreement import impostor_threshold
 from mining.faces import Faces, embeddings, unit
+from mining.identities import main as identify
 from mining.mine import main
 from synth.near import judges
 from tests.mining.tiny_corpus import network, pictures, write
@@ -124,3 +126,60 @@ def test_what_cannot_be_mined_is_said_in_one_line(corpus: Path, tmp_path: Path) 
     teacher, student = network(tmp_path / "t", 0), network(tmp_path / "s", 1, dim=8)
     with pytest.raises(InputError, match="use overlap or rbo"):
         main(["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--cache", str(tmp_path / "c")])
+
+
+def test_rows_are_found_without_looking_at_the_groups_before_them(tmp_path: Path) -> None:
+    """Else finding all of a million rows would take as many looks as groups times rows."""
+    table = pa.table({"image": pa.array([{"bytes": b"", "path": None}] * 20)})
+    for number in range(2):
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=3)
+    faces = Faces(tmp_path)
+    faces.files.clear()
+    expected = [(row // 20, row % 20 // 3, row % 20 % 3) for row in range(40)]
+    assert [faces._where(row) for row in range(40)] == expected
+
+
+def test_some_rows_of_a_column(corpus: Path) -> None:
+    faces = Faces(corpus)
+    np.testing.assert_array_equal(faces.column("latent", [41, 3, 59, 3]), faces.column("latent")[[41, 3, 59, 3]])
+    assert faces.column("score", []).shape == (0,)
+
+
+def test_columns_and_networks_that_give_no_numbers_are_said_in_one_line(tmp_path: Path) -> None:
+    images = pictures(np.arange(6) % 3)
+    teacher, student = network(tmp_path / "t", 0), network(tmp_path / "s", 1)
+    named = write(tmp_path / "named", images, identity=np.array(["a", "b", "c"] * 2))
+    given = ["--teacher", teacher, "--student", student, "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    with pytest.raises(InputError, match="column 'identity' holds no numbers"):
+        main([*given, "--corpus", str(named), "--labels", "true"])
+    ragged = pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 2), "latent": [[1.0], [1.0, 2.0]]})
+    (tmp_path / "ragged").mkdir()
+    pq.write_table(ragged, tmp_path / "ragged" / "0.parquet")
+    with pytest.raises(InputError, match="column 'latent' holds no numbers"):
+        Faces(tmp_path / "ragged").column("latent")
+    missing = pa.table({"image": ragged["image"], "identity": pa.array([3, None])})
+    pq.write_table(missing, tmp_path / "ragged" / "0.parquet")
+    with pytest.raises(InputError, match="column 'identity' lacks a number in some rows"):
+        Faces(tmp_path / "ragged").column("identity")
+    with pytest.raises(InputError, match=r"1 face; .*at least 2"):
+        main([*given, "--corpus", str(write(tmp_path / "one", images[:1], shards=1))])
+    pq.write_table(ragged.slice(0, 0), tmp_path / "ragged" / "0.parquet")
+    with pytest.raises(InputError, match="no faces"):
+        Faces(tmp_path / "ragged")
+    broken = faceless.load(student)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"row 0.*not finite"):
+        embeddings(broken, Faces(named), tmp_path / "c", "cpu", progress=False)
+
+
+def test_a_network_sees_crops_as_it_knows_them_or_is_refused(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", pictures(np.arange(12) % 3))
+    shards = [{"name": f"{n}.parquet", "rows": 6, "sha256": "0" * 64} for n in range(2)]
+    (corpus / "manifest.json").write_text(json.dumps({"shards": shards, "framing": "arcface"}))
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "t", 0), "--cache", str(tmp_path / "c")]
+    with pytest.raises(InputError, match=r"its faces are arcface crops, and .*t knows dlib crops"):
+        main([*given, "--student", network(tmp_path / "s", 1)])
+    with pytest.raises(InputError, match="knows dlib crops"):
+        identify([*given, "--output", str(tmp_path / "i")])

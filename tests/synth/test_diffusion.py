@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from distill.sources import OnlineSource
 from faceless.errors import InputError
 from faceless.files import sha256
 from faceless.randomness import Rng
+from mining.resampling import ConfusedPairs, HardPool
 from synth.corpus import Corpus
 from synth.datasheet import whom
 from synth.generate import generate, read_settings
@@ -306,6 +308,35 @@ def test_classes_are_identities(folders):
     as_other = z.clone()
     as_other[0, -1] = 2
     assert not torch.equal(net.synthesize(z[:1]), net.synthesize(as_other[:1]))
+
+
+def test_latents_of_identities_that_there_are_not_are_refused(folders, tmp_path):
+    net = Diffusion(str(folders / "classes"), steps=2)
+    z = noise(net, 3)
+    z[1, -1] = 3
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(z.flatten().numpy()), z.shape[1])
+    pq.write_table(pa.table({"latent": rows}), tmp_path / "around.parquet")
+    generator = {"class_path": "synth.generators.diffusion.Diffusion"}
+    generator["init_args"] = {"source": str(folders / "classes"), "steps": 2}
+    (tmp_path / "a.yaml").write_text(
+        json.dumps(
+            {"generator": generator, "align": None, "count": 4, "workers": 0, "output": str(tmp_path / "corpus")}
+            | {"around": str(tmp_path / "around.parquet")}
+        )
+    )
+    with pytest.raises(InputError, match="identities up to 3, and the generator knows 0 to 2"):
+        generate(read_settings(["--config", str(tmp_path / "a.yaml")]), progress=False)
+
+
+def test_nothing_is_drawn_between_two_classes_or_seeds(folders):
+    """Half way between class 0 and class 2 is class 1, which neither face shows."""
+    net = Diffusion(str(folders / "classes"), steps=2)
+    with pytest.raises(InputError, match=r"ConfusedPairs draws between two latents.*Diffusion.*HardPool"):
+        OnlineSource(generator=net, resampling=ConfusedPairs())
+    OnlineSource(generator=net, resampling=HardPool())
+    plain = [Diffusion(str(folders / "ddpm"), scheduler=name, steps=2) for name in ("DDIM", "EulerAncestralDiscrete")]
+    assert [one.continuous for one in plain] == [True, False]
+    OnlineSource(generator=plain[0], resampling=ConfusedPairs())
 
 
 def test_gradients_reach_the_noise(folders):

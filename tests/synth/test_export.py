@@ -183,5 +183,11 @@ def test_survey_of_a_corpus(corpus, tmp_path):
     assert "50 of 300" in text and "one person" in text
     with pytest.raises(InputError, match="holds no embeddings; name a teacher"):
         survey(Survey(str(corpus)))
+    cut = shutil.copytree(corpus, tmp_path / "cut")
+    (cut / "manifest.json").write_text(
+        json.dumps(json.loads((cut / "manifest.json").read_text()) | {"framing": "dlib"})
+    )
+    with pytest.raises(InputError, match=r"are dlib crops, and .*teacher knows arcface crops"):
+        survey(Survey(str(cut), str(tmp_path / "teacher")))
     with pytest.raises(InputError, match="faces is 1"):
         Survey(str(corpus), faces=1)

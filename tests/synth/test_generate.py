@@ -318,6 +318,8 @@ def test_what_the_teacher_sees_is_stored_and_sorted_out_by(tmp_path):
     assert sum(rejected.values()) == 64 - passed.sum() and len(rejected) == 3
     sheet = (tmp_path / "gated/DATASHEET.md").read_text()
     assert "too blurred" in sheet and gated.manifest["settings"]["teacher_sha256"] in sheet
+    with pytest.raises(InputError, match=r"knows arcface crops, and align.framing is dlib"):
+        generate(settings(tmp_path / "cut", teacher=str(tmp_path / "teacher"), align={"framing": "dlib"}), False)
     with pytest.raises(InputError, match="min_norm needs a teacher"):
         generate(settings(tmp_path / "bad", gate={"min_norm": 1.0}), progress=False)
 
@@ -429,6 +431,37 @@ def test_repair_refuses_other_bytes(small, tmp_path):
     with pytest.raises(InputError, match=r"train-00000.*same bytes.*torch 1.0, now"):
         generate(settings(folder, repair=True), progress=False)
     assert (folder / manifest["shards"][0]["name"]).read_bytes() == before
+
+
+def test_two_ranks_repair(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "ranks")
+    settings(folder)
+    next((folder / "data").glob("*00001-of*")).unlink()
+    line = [
+        sys.executable,
+        str(ROOT / "synth/generate.py"),
+        "--config",
+        str(tmp_path / "ranks.yaml"),
+        "--repair",
+        "true",
+    ]
+    ranks = [
+        subprocess.Popen(line, env=ENVIRONMENT | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"})
+        for r in (1, 0)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert contents(folder) == contents(small)
+
+
+def test_repair_keeps_what_an_audit_wrote(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "audited")
+    verdict = (folder / "DATASHEET.md").read_text() + "\n## Audit\nLEAKAGE: 3 of 700 faces.\n"
+    (folder / "DATASHEET.md").write_text(verdict)
+    (folder / "contact_sheet.png").unlink()
+    next((folder / "data").iterdir()).unlink()
+    generate(settings(folder, repair=True), progress=False)
+    assert (folder / "DATASHEET.md").read_text() == verdict
+    assert (folder / "contact_sheet.png").read_bytes() == (small / "contact_sheet.png").read_bytes()
 
 
 def test_hardly_any_face_accepted_is_an_error(tmp_path):

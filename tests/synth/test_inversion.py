@@ -151,6 +151,14 @@ def test_measured_statistics(tmp_path, teacher):
     assert no_norm.invert(2, rng(2)).shape == (2, 3, 32, 32)
 
 
+def test_statistics_of_a_wider_network_are_one_line(tmp_path, teacher):
+    wider = faceless.create("slimresnet", **TINY | {"widths": [12, 16]})
+    measure(wider, [soft(4)], ["stem.0"], tmp_path / "s.safetensors")
+    made = DeepInversion(teacher=teacher, recorded=str(tmp_path / "s.safetensors"), schedule=[(1, 1)])
+    with pytest.raises(InputError, match=r"'stem.0' are of 16 channels, and the teacher has 8 there"):
+        made.invert(2, rng(2))
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
