@@ -749,6 +749,10 @@ class OnlineSource(Source):
                 f"source: {type(resampling).__name__} draws between two latents, and between those of this "
                 f"{type(generator).__name__} there are none, since they hold numbers of classes or seeds; use HardPool"
             )
+        if framing not in align.FRAMINGS:
+            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
+        if tries < 1 or not all(16 <= side <= MAX_SIDE for side in (size, detect_size)):
+            raise InputError(f"source: tries must be at least 1, and size and detect_size from 16 to {MAX_SIDE} pixels")
         self.generator, self.resampling = generator, resampling
         self.landmarks, self.framing, self.side = landmarks, framing, size
         self.detect_size, self.tries = detect_size, tries
@@ -792,7 +796,9 @@ class OnlineSource(Source):
             if attempt:
                 latents[open_rows.to(device)] = draw(open_rows, attempt)
             images = self.generator.synthesize(latents[open_rows.to(device)]).round().clamp(0, 255).byte().cpu()
-            found = align.detect(images, detect_size=self.detect_size, landmark_size=2 * self.side)
+            # Dlib's five points are not the five of ArcFace's template.
+            points = 5 if self.framing == "dlib" else 68
+            found = align.detect(images, points=points, detect_size=self.detect_size, landmark_size=2 * self.side)
             last = attempt == self.tries - 1
             done = found.found
             crops[open_rows[done]] = align.crop(

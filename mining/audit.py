@@ -578,9 +578,9 @@ def write_leaks(output: Path, faces: Faces, found: Leakage, reference: Gallery, 
         for fmr, rate in next(iter(found.record["recognizers"].values()))["rates"].items()
         if rate
     }
-    cosines = {"reference": found.nearest.cosines, "never seen": found.null.cosines}
+    searches = {"reference": found.nearest.cosines, "never seen": found.null.cosines}
     atomic_write(
-        output / "nearest.svg", figures.histograms(cosines, "cosine of the nearest gallery face", marks, log=True)
+        output / "nearest.svg", figures.histograms(searches, "cosine of the nearest gallery face", marks, log=True)
     )
 
 

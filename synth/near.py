@@ -18,6 +18,7 @@ from torch import Tensor
 from faceless.errors import InputError
 from faceless.files import atomic_path
 from faceless.randomness import Rng
+from synth.generators.base import Generator
 from synth.settings import Generation
 
 LATENTS, SHARES = "around.npy", "around_shares.npy"
@@ -102,9 +103,8 @@ def unpack(made: Generation, folder: Path) -> None:
                         f"{type(made.generator).__name__} takes"
                     )
                 out[done : done + len(lists)] = values.reshape(len(lists), size)
-                who = made.generator.identity(
-                    torch.from_numpy(values.reshape(len(lists), *made.generator.latent_shape))
-                )
+                assert isinstance(made.generator, Generator)
+                who = made.generator.identity(torch.from_numpy(values).view(-1, *made.generator.latent_shape))
                 if who is not None and not (who.min() >= 0 and who.max() < made.generator.identities):
                     raise InputError(
                         f"{path}: column latent is of identities up to {int(who.max())}, and the generator knows 0 to "

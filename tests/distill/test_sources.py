@@ -20,6 +20,7 @@ from distill import sources
 from distill.mixtures import MixtureSource, Part
 from distill.sources import CorpusSource, FolderSource, OnlineSource, ParquetSource, Place, read_labels
 from distill.train import main
+from faceless import align
 from faceless.errors import InputError
 from faceless.randomness import permutation
 from faceless.recognizer import Output
@@ -212,6 +213,24 @@ def test_faces_that_are_cut_otherwise_than_the_teacher_knows_are_refused(tmp_pat
     with pytest.raises(InputError, match="are arcface crops"):
         mixed.check_framing("dlib")
     assert mixed.check_framing("arcface").count("does not say") == 1
+
+
+@pytest.mark.parametrize("framing", ["dlib", "arcface"])
+def test_online_faces_are_cut_to_the_framing_by_its_own_landmarks(framing: str) -> None:
+    """Eyes and mouth, found anew in the crops among dlib's 68 points, lie where the template has them."""
+    pytest.importorskip("dlib")
+    source = OnlineSource(generator=DCGAN(), landmarks=True, framing=framing, size=112, detect_size=112)
+    source.prepare(Place(batch_size=12))
+    crops = source.batch(0).images.round().clamp(0, 255).byte()
+    marks = align.detect(crops, points=68, detect_size=224, landmark_size=224)
+    assert marks.found.sum() >= 4
+    roll = align.geometry(marks.points[marks.found], framing)[0]
+    found = align.arcface_points(marks.points[marks.found]).mean(0)
+    expected = align.template(framing, "arcface5", 112)
+    assert (found - expected).norm(dim=1).max() < 5 and roll.abs().median() < 6
+    for wrong in ({"tries": 0}, {"size": 8}, {"framing": "arkface"}):
+        with pytest.raises(InputError, match=r"tries must be|framing is 'arkface'"):
+            OnlineSource(generator=generator(), **wrong)
 
 
 def test_a_run_compares_framings_before_it_makes_a_face(tmp_path: Path) -> None:
