@@ -420,6 +420,9 @@ class CorpusSource(Rows):
             "faces": self.size,
             "fingerprint": self.fingerprint(),
         }
+        for key, file in (("labels", self.label_file), ("landmarks", self.landmark_file)):
+            if file is not None:  # by contents: other clusters under the old name would be another run
+                told[key] = {"path": file, "sha256": sha256(file)}
         generator = self.corpus.manifest.get("generator")
         if isinstance(generator, dict) and "identities_from" in generator:
             told["identities_from"] = generator["identities_from"]

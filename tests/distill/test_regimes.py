@@ -281,6 +281,9 @@ def test_without_a_teacher_generated_faces_serve_and_losses_of_a_teacher_do_not(
     path.write_text(yaml.safe_dump(settings))
     main(["--config", str(path)])
     assert (tmp_path / "run" / "report.html").is_file()
+    np.save(tmp_path / "identities.npy", np.arange(64) // 8)
+    with pytest.raises(InputError, match="names another source than there is now"):
+        main(["--config", str(path)])
     settings["losses"]["cosine"] = {"loss": COSINE}
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match=r"losses\.cosine: CosineEmbedding learns from a teacher, and there is none"):

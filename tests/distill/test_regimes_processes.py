@@ -10,17 +10,35 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from torch import multiprocessing
 
 import faceless
 from distill.train import main
 from tests.distill.test_ensembles import ensemble_recipe
+from tests.distill.test_prompts_run import prompted_recipe
 from tests.distill.test_regimes import mutual, snapshots
 from tests.distill.test_train import TINY, finished, kill_and_resume, launch, lines, recipe, student_bytes
 
-REGIMES = ("ensemble", "snapshots", "mutual", "degrade", "chain")
+REGIMES = ("ensemble", "snapshots", "mutual", "degrade", "chain", "prompts", "running")
 SHORT: dict[str, Any] = {"steps": 5, "checkpoint_every": 2, "validation": {"faces": 8, "every": 5, "neighbors": 3}}
+
+
+def running() -> dict[str, Any]:
+    """Losses that follow running statistics, count their steps, or learn a parameter."""
+    named: dict[str, dict[str, Any]] = {
+        "adaptive_parameters.AdaptiveILED": {},
+        "adaptive_parameters.AdaptiveRPSD": {"embedding_dim": 16, "size": 24},
+        "adaptive_parameters.AdaptiveQUD": {"embedding_dim": 16, "queue_size": 32, "rule": "learned"},
+        "ranking.EKD": {"same_person": 0.2, "one_in": [2, 5]},
+        "ranking.PairwiseRanking": {"scores": 20},
+    }
+    kinds = {
+        name.split(".")[1]: {"class_path": f"distill.losses.{name}", "init_args": given}
+        for name, given in named.items()
+    }
+    return {name: {"loss": loss} for name, loss in kinds.items()}
 
 
 def write(name: str, folder: Path, **changes: Any) -> Path:
@@ -33,9 +51,14 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
         "mutual": mutual(1),
         "degrade": {"degrade": {"resolutions": [16, 8], "schedule": "descending", "mask": 0.5, "occlude": 0.5}},
         "chain": {"chain": [{}, {}]},
+        "running": {"losses": running(), "adaptive": {"rule": "magnitude", "every": 2}},
     }
     if name == "ensemble":
         return ensemble_recipe(folder, **SHORT | changes)
+    if name == "prompts":
+        path = prompted_recipe(folder)
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | SHORT | changes))
+        return path
     return recipe(folder, folder / "teacher", **SHORT | kinds[name] | changes)
 
 
