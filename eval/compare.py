@@ -23,9 +23,9 @@ from eval import benchmarks, efficiency, figures, metrics, report
 from eval.benchmarks import Benchmark, Protocol
 from eval.figures import Accuracy, Scores
 from eval.verify import chosen_device, crop_size, verify
-from faceless import assets
+from faceless import assets, settings
 from faceless.errors import InputError, command
-from faceless.files import atomic_write
+from faceless.files import atomic_write, check_folder
 from faceless.recognizer import Recognizer
 from faceless.weights import PRETRAINED
 
@@ -531,11 +531,12 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = settings.options(parser(), arguments)
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
     if len(set(options.benchmark)) < len(options.benchmark):
         raise InputError("--benchmark: one of them is given twice")
+    check_folder(options.output)
     groups = read_groups(options.groups) if options.groups else None
     models = _distinct(students(options.runs) + others(options.models))
     if not models:

@@ -30,6 +30,7 @@ import faceless
 from eval import benchmarks, metrics
 from eval.benchmarks import Benchmark
 from eval.verify import NATIVE_SIZE, chosen_device, crop_size
+from faceless import settings
 from faceless.errors import InputError, command
 from faceless.recognizer import InputSpec, Recognizer
 
@@ -210,7 +211,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = settings.options(parser(), arguments)
     device = chosen_device(options.device)
     recognizer = faceless.load(options.model).to(device)
     framing = recognizer.spec.framing

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import faceless
 from eval.verify import chosen_device
-from faceless import onnx_files
+from faceless import onnx_files, settings
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
@@ -363,7 +363,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = settings.options(parser(), arguments)
     if min(options.batches) < 1 or options.runs < 1 or options.warmup < 0 or (options.threads or 1) < 1:
         raise InputError("--batches, --runs and --threads are 1 or more, --warmup 0 or more")
     device = chosen_device(options.device)

@@ -22,8 +22,9 @@ import faceless
 from eval import benchmarks, metrics
 from eval.benchmarks import Benchmark, Protocol, Report
 from eval.benchmarks.protocol import cached, percent
+from faceless import settings
 from faceless.errors import InputError, command
-from faceless.files import atomic_write
+from faceless.files import atomic_write, check_folder
 from faceless.recognizer import Recognizer
 
 #: False accept rates that are reported, as their keys in JSON read.
@@ -314,10 +315,13 @@ def parser() -> ArgumentParser:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = settings.options(parser(), arguments)
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
     device = chosen_device(options.device)
+    for folder in (options.figures, options.json and Path(options.json).parent):
+        if folder:
+            check_folder(folder)
     results: list[Verification | Report] = []
     for source in options.model:
         recognizer = faceless.load(source).to(device)

@@ -29,6 +29,8 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     'known are iresnet50, slimresnet'
     """
     known = sorted(known)
+    if not known:
+        return "there are none"
     near = difflib.get_close_matches(wrong, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 

@@ -15,6 +15,7 @@ from faceless.errors import InputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
 
 
 def sha256(path: str | Path) -> str:
@@ -52,7 +53,33 @@ def writing(path: str | Path) -> Iterator[None]:
             raise InputError(f"{path}: no space left on the disk; free some and run the same command again") from error
         if error.errno in _REFUSED:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        if error.errno in _NO_FOLDER and (file := _file_above(Path(path))):
+            raise InputError(
+                f"{path}: cannot be written, since {file} is a file and no folder; choose another"
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise InputError(f"{path}: is a folder; name a file to be written") from error
         raise
+
+
+def _file_above(path: Path) -> Path | None:
+    """What is in the way where ``path`` is to be a folder or to lie in one."""
+    return next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse a folder that could not be written to, before the work is done whose results it is for.
+
+    Raises:
+        InputError: a file is in its place or above it, or it is closed to us.
+    """
+    path = Path(path)
+    with writing(path):
+        if file := _file_above(path):
+            raise InputError(f"{path}: {file} is a file and no folder; choose another output")
+        there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _sync(path: Path, flags: int = os.O_RDONLY) -> None:

@@ -30,6 +30,7 @@ def read_image(path: Path) -> Tensor:
 
     Raises:
         InputError: not an image, too large, or not of 8 bits per channel.
+        PermissionError: closed to us.
     """
     if not path.is_file():
         raise InputError(f"{path}: not a file; a person's folder holds nothing but images")
@@ -51,7 +52,7 @@ def decode_image(source: Path | bytes, where: str) -> Tensor:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{where}: pixels of mode {image.mode}; save it with 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise InputError(f"{where}: cannot be read as an image; remove it or replace it") from error

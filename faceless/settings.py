@@ -11,13 +11,15 @@ between them); and what runs a stranger's code, `COMMAND_LINE_ONLY`, is accepted
 from __future__ import annotations
 
 import copy
-import importlib
+import difflib
 import os
+import pkgutil
 import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +58,7 @@ class Settings(Generic[T]):
                 warnings.simplefilter("ignore")
                 made = self._parser.instantiate_classes(self._namespace)
         except (ValueError, TypeError) as error:
-            raise InputError(f"settings: {_named_class(str(error))}") from error
+            raise InputError(f"settings: {_causes(str(error))}") from error
         return self._cls(**{field.name: made[field.name] for field in fields(self._cls)})  # type: ignore[arg-type]
 
     def asdict(self) -> dict[str, Any]:
@@ -128,6 +130,19 @@ def parse(
     return Settings(parser, namespace, cls)
 
 
+def options(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
+    """Read the options of a command that takes no recipe.
+
+    Raises:
+        InputError: an unknown option or a wrong type; one line that names it.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return parser.parse_args(arguments)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise InputError(_one_line(str(error), arguments, parser)) from error
+
+
 def allowed() -> list[str]:
     """Packages whose classes settings may name.
 
@@ -180,8 +195,10 @@ def recipe(path: str | Path) -> Path:
     for candidate in (given, ROOT / given):
         if candidate.is_file():
             return candidate
-    near = suggest(str(path), sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/recipes/*.yaml")))
-    raise InputError(f"{path}: no such recipe; {near}")
+    places = [*ROOT.glob("*/recipes/*.yaml"), *ROOT.glob("scripts/grids/*.yaml")]
+    near = difflib.get_close_matches(str(path), [str(place.relative_to(ROOT)) for place in places], 1)
+    ours = "those of this project are in distill/recipes, synth/recipes and scripts/grids"
+    raise InputError(f"{path}: no such recipe; {f'did you mean {near[0]}?' if near else ours}")
 
 
 def _located(argument: str, before: str) -> str:
@@ -192,18 +209,26 @@ def _located(argument: str, before: str) -> str:
     return argument
 
 
-def _named_class(message: str) -> str:
-    """Of what jsonargparse says of a value that may be text or a component, where a component was given, its part."""
-    if "Subtypes: [<class 'str'>, <class '" not in message or "class_path" not in message:
+def _causes(message: str) -> str:
+    """Of what jsonargparse says of a value that may be of several types, what was wrong with the likeliest."""
+    if "Subtypes: [" not in message:
         return message
-    about = ("Does not validate against", "Subtypes:", "Errors:", "- Expected a <class 'str'>", "Given value")
-    lines = [line for line in message.splitlines() if not line.strip().startswith(about)]
-    return "\n".join(line.strip().removeprefix("- ") for line in lines)
+    lines, expected, given = [], [], ""
+    for line in (part.strip().removeprefix("- ") for part in message.splitlines()):
+        if line.startswith("Given value: "):
+            given = line
+        elif kind := re.fullmatch(r"Expected an? <class '([\w.]+)'>", line):
+            expected.append("null" if kind[1] == "NoneType" else kind[1])
+        elif not line.startswith(("Does not validate against", "Subtypes:", "Errors:", "Given value type:")):
+            lines.append(line)
+    if all(line.startswith(("Parser key", "Problem with given class_path")) for line in lines):
+        lines.append(f"Expected {' or '.join(dict.fromkeys(expected))}. {given.replace('Given value', 'Got value')}")
+    return "\n".join(lines)
 
 
 def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str:
     """Turn jsonargparse's nested message into one line: where, what, and the nearest valid key."""
-    message = _named_class(message)
+    message = _causes(message)
     where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     where += [after for a, after in pairwise(arguments) if a == "--config"]
     path, classes, rest = [], [], ""
@@ -229,14 +254,53 @@ def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str
         name = next(g for g in (unknown.groups() if unknown else flag.groups()) if g)  # type: ignore[union-attr]
         group = re.search(r"Group '([^']*)'", rest)
         prefix = ".".join([*path, *([group[1]] if group else [])])
-        full = f"{prefix}.{name}" if prefix else name
+        full = _whole(f"{prefix}.{name}" if prefix else name, arguments, where)
         inside = group[1] if group else ".".join(path)
         rest = f"unknown key {full!r}; {suggest(name, _keys(parser, classes, inside, name))}"
     elif path:
-        rest = f"{'.'.join(path)}: {rest}"
+        about, rest = _explained(".".join(path), rest, parser)
+        rest = f"{_whole(about, arguments, where)}: {rest}"
     rest = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", rest)
     rest = re.sub(r"^Problems parsing config: ", "not readable as YAML: ", rest)
+    rest = re.sub(r"^Unexpected config:.*", "holds no settings; write lines of `key: value`", rest)
     return f"{where[-1]}: {rest}" if where and not flag else rest
+
+
+def _explained(key: str, rest: str, parser: ArgumentParser) -> tuple[str, str]:
+    """What jsonargparse says of a key, in words that say what to write instead; and which key it is about."""
+    if missing := re.fullmatch(r"module '([\w.]+)' has no attribute '(\w+)'", rest):
+        module = sys.modules.get(missing[1])
+        inside = [name for name, value in vars(module).items() if isinstance(value, type)] if module else []
+        inside += [found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))]
+        known = suggest(missing[2], [name for name in inside if not name.startswith("_")])
+        return f"{key.removesuffix('.init_args')}.class_path", f"{missing[1]} has no {missing[2]}; {known}"
+    if named := re.fullmatch(r"Expected a dot import path string: (.*)", rest):
+        return key, f"{named[1]!r} is no class; write its module and its name, as in distill.sources.CorpusSource"
+    if group := re.match(r"Unable to load config ['\"](.*?)['\"]", rest):
+        return key, f"{group[1]!r} is no group of keys; its keys are {', '.join(_keys(parser, [], key, ''))}"
+    return key, rest
+
+
+def _whole(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
+    """A dotted key with the names of losses and parts, which jsonargparse leaves out, where only one can be meant."""
+    given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")}
+    for file in files:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            given |= set(_dotted(yaml.safe_load(Path(file).read_text("utf-8"))))
+    parts, places = key.split("."), set()
+    for place in given:
+        rest = iter(place.split("."))
+        if place.split(".")[0] == parts[0] and all(part in rest for part in parts):
+            last = place.split(".")
+            places.add(".".join(last[: len(last) - last[::-1].index(parts[-1])]))
+    return places.pop() if len(places) == 1 else key
+
+
+def _dotted(found: Any, above: str = "") -> Iterator[str]:
+    """Every key of nested settings, dotted."""
+    for name, value in found.items() if isinstance(found, dict) else ():
+        yield f"{above}{name}"
+        yield from _dotted(value, f"{above}{name}.")
 
 
 def _is_dataclass(path: str) -> bool:
@@ -244,9 +308,9 @@ def _is_dataclass(path: str) -> bool:
 
 
 def _imported(path: str) -> Any:
-    # Only called with a path that jsonargparse has already resolved to a class of the expected kind.
+    # Of a module that jsonargparse has imported; nothing is imported here, and None where there is no such class.
     module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module) or importlib.import_module(module), name, None)
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _keys(parser: ArgumentParser, classes: list[str], group: str, name: str) -> list[str]:
@@ -256,7 +320,7 @@ def _keys(parser: ArgumentParser, classes: list[str], group: str, name: str) -> 
             _imported(classes[-1]), None, fail_untyped=False
         )
         return [key for key in added if "." not in key]
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+    known = [a.dest for a in parser._actions if a.dest.split(".")[-1] not in ("help", "print_config", "print_shtab")]
     # A dataclass that may also be null is one action, whose keys only its type knows.
     hints = [get_args(getattr(a, "_typehint", None)) for a in parser._actions if a.dest == group]
     if optional := [hint for choices in hints for hint in choices if is_dataclass(hint)]:

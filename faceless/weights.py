@@ -229,7 +229,9 @@ def _load_program(kind: str, state: State, path: Path, options: Mapping[str, Any
 def _load_folder(folder: Path) -> tuple[Recognizer, Path]:
     file = folder / WEIGHTS
     if not file.is_file():
-        raise InputError(f"{folder}: holds no {WEIGHTS}; give a folder that faceless.save wrote")
+        run = (folder / "student" / WEIGHTS).is_file()
+        cure = f"{folder / 'student'}, the student of this run" if run else "a folder that faceless.save wrote"
+        raise InputError(f"{folder}: holds no {WEIGHTS}; give {cure}")
     # Where the weights describe themselves, that counts.
     if "faceless" in _metadata(file):
         return _load_safetensors(file), file

@@ -24,14 +24,14 @@ from torch import Tensor
 
 import faceless
 from faceless.errors import InputError, command
-from faceless.files import atomic_path, atomic_write, sha256
+from faceless.files import atomic_path, atomic_write, check_folder, sha256
 from faceless.randomness import permutation
 from faceless.recognizer import resize
 from faceless.settings import Settings, parse
 from mining import figures
 from mining.disagreement import Threshold, above_all_but
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
-from mining.faces import Faces, check_framing, digest, embeddings, unit
+from mining.faces import Faces, check_framing, chosen_device, digest, embeddings, unit
 from mining.gallery import Gallery, read_people
 from mining.identities import cluster
 
@@ -94,6 +94,8 @@ class Audit:
                 "reference: leakage needs two recognizers or more, of which one is not the teacher, and a null gallery "
                 "of people whom the generator never saw"
             )
+        if self.null is not None and self.reference is None:
+            raise InputError("null: tells what chance finds in a reference; name the reference too")
         if not self.recognizers:
             raise InputError("recognizers is empty; name at least one")
         for name, least in (("sample", 1), ("cells", 1), ("neighbors", 1), ("shown", 0)):
@@ -475,7 +477,8 @@ def without(faces: Faces, keep: np.ndarray, output: str | Path) -> None:
 def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
     """Look for all of it; write ``audit.json``, ``AUDIT.md``, tables and pictures, and return the figures."""
     faces, output = Faces(settings.corpus), Path(settings.output)
-    networks = [faceless.load(source) for source in settings.recognizers]
+    check_folder(output)
+    networks = [faceless.load(source).to(chosen_device(settings.device)) for source in settings.recognizers]
     keys = [digest(net) for net in networks]
     if len(set(keys)) < len(keys):
         raise InputError("recognizers: two of them are the same network")

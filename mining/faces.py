@@ -218,6 +218,23 @@ def digest(recognizer: Recognizer) -> str:
     return found.hexdigest()
 
 
+def chosen_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one.
+
+    Raises:
+        InputError: no device of torch's, or none that is here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r}, but torch sees no CUDA device here; use auto or cpu")
+    return device
+
+
 def embeddings(
     recognizer: Recognizer, faces: Faces, cache: str | Path, device: str = "auto", progress: bool = True
 ) -> Floats:
@@ -228,9 +245,9 @@ def embeddings(
     Raises:
         InputError: a part of the cache is damaged, or an embedding is not finite.
     """
+    where = chosen_device(device)
     key = hashlib.sha256(f"{digest(recognizer)} {faces.fingerprint}".encode()).hexdigest()[:16]
     folder = Path(cache) / f"embeddings-{key}"
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     recognizer = recognizer.to(where).eval()
     parts = []
     bar = tqdm(total=len(faces), desc="embed", unit="face", disable=not progress)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import faceless
 from faceless import align
 from faceless.errors import InputError, command
-from faceless.files import atomic_path
+from faceless.files import atomic_write
 from faceless.recognizer import Recognizer, resize
 from faceless.settings import Settings, parse
 from mining.embedding_index import Ids
@@ -67,8 +67,7 @@ class Gallery:
         tensors = {f"embeddings.{key}": torch.from_numpy(rows) for key, rows in self.embeddings.items()}
         tensors["identities"] = torch.from_numpy(self.identities)
         about = json.dumps({"format": "gallery", "version": 1, "framing": self.framing})
-        with atomic_path(path) as temporary:
-            save_file(tensors, str(temporary), metadata={"faceless": about})
+        atomic_write(path, save(tensors, {"faceless": about}))
 
     @classmethod
     def load(cls, path: str | Path) -> Gallery:
@@ -117,7 +116,7 @@ def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True)
         aligned: whether the images are crops already; otherwise the face is found and cut to ``framing``.
 
     Raises:
-        InputError: no folder of that form, or an image that cannot be read.
+        InputError: no folder of that form, an image that cannot be read, or one that is said to be a crop and is none.
     """
     paths = sorted(path for path in Path(folder).glob("*/*") if not path.name.startswith("."))
     if not paths:
@@ -132,6 +131,11 @@ def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True)
                 image, points=5 if framing == "dlib" else 68, attempts=align.THOROUGH, whole_image=True
             )
             crops.append(align.crop(image, marks.points, framing, SIDE))
+        elif image.shape[2] != image.shape[3]:
+            raise InputError(
+                f"{path}: {image.shape[3]} x {image.shape[2]} pixels are no aligned square crop; "
+                "use --aligned false to cut faces out of photographs"
+            )
         else:
             crops.append(resize(image.float(), SIDE, SIDE).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(crops), np.array([number[path.parent] for path in paths])
@@ -168,6 +172,10 @@ class Making:
     output: str = "gallery.safetensors"
     aligned: bool = True
     framing: Literal["dlib", "arcface"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.recognizers:
+            raise InputError("recognizers is empty; name at least one")
 
 
 def make(settings: Making) -> Gallery:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 import faceless
 from faceless.errors import InputError, command
-from faceless.files import atomic_path, atomic_write
+from faceless.files import atomic_path, atomic_write, check_folder
 from faceless.settings import Settings, parse
 from mining.disagreement import impostor_threshold
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
@@ -199,6 +199,7 @@ def purity(labels: Ids, truth: Ids) -> float:
 def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     """Cluster, refine, write; returns the summary."""
     faces, output = Faces(settings.corpus), Path(settings.output)
+    check_folder(output)
     if len(faces) < 2:
         raise InputError(f"{settings.corpus}: 1 face; clusters need at least 2")
     teacher = faceless.load(settings.teacher)

@@ -18,7 +18,7 @@ import torch
 
 import faceless
 from faceless.errors import InputError, command
-from faceless.files import atomic_path, atomic_write
+from faceless.files import atomic_path, atomic_write, check_folder
 from faceless.settings import Settings, parse
 from mining import figures
 from mining.disagreement import (
@@ -84,6 +84,7 @@ class Mining:
 def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     """Score the corpus and write the results; returns the summary."""
     faces, output = Faces(settings.corpus), Path(settings.output)
+    check_folder(output)
     if len(faces) < 2:
         raise InputError(f"{settings.corpus}: 1 face; neighborhoods need at least 2")
     sources = {"t": settings.teacher, "s": settings.student}

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from faceless.errors import InputError, suggest
-from faceless.files import atomic_path
+from faceless.files import atomic_write
 from faceless.recognizer import Recognizer
 
 
@@ -228,8 +228,7 @@ def measure(recognizer: Recognizer, batches: Iterable[Tensor], names: Sequence[s
         mean = total / count
         state[f"{name}.mean"] = mean.float().cpu()
         state[f"{name}.variance"] = (squares / count - mean.square()).clamp(min=0).float().cpu()
-    with atomic_path(Path(path)) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"order": "\n".join(names)})
+    atomic_write(path, safetensors.torch.save(state, {"order": "\n".join(names)}))
 
 
 def _recorded(backbone: nn.Module, path: Path, name: str) -> list[Layer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,13 +161,18 @@ def test_mistakes_are_one_line_and_exit_code_2(models, people, tmp_path, capsys)
     (tmp_path / "bad" / "a").mkdir(parents=True)
     (tmp_path / "bad" / "b").mkdir()
     (tmp_path / "bad" / "a" / "1.png").write_text("no image")
+    shutil.copytree(models[0], Path(models[0]).parent / "run" / "student")
     for arguments, expected in (
         (["--model", models[0], "--benchmark", str(tmp_path / "bad")], "holds no images"),
         (["--model", models[0], "--benchmark", str(people), "--people", "3-9"], "numbers from 1 to 4"),
         (["--model", models[0], "--bootstrap", "-1"], "--bootstrap -1"),
         (["--model", models[0], "--device", "tpu"], "use auto, cpu or cuda"),
-        (["--model", models[0], "--flip", "maybe"], "flip"),
-        (["--model", models[0], "--sharpness", "1"], "--sharpness"),
+        (["--model", models[0], "--flip", "maybe"], "flip: Expected bool or null. Got value: maybe"),
+        (["--model", models[0], "--sharpness", "1"], "sharpness"),
+        (["--modle", models[0]], "'modle'; did you mean model"),
+        (["--model", str(Path(models[0]).parent / "run")], "give " + str(Path(models[0]).parent / "run" / "student")),
+        (["--model", models[0], "--json", f"{__file__}/figures.json"], "test_verify.py is a file and no folder"),
+        (["--model", models[0], "--figures", __file__], "test_verify.py is a file and no folder"),
         (["--model", "dlib-resnet28"], "dlib-resnet29"),
         ([], "model"),
     ):

@@ -1,10 +1,11 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, atomic_write, drop_unfinished, sha256, visible
+from faceless.files import atomic_path, atomic_write, check_folder, drop_unfinished, sha256, visible
 
 
 def test_sha256_of_more_than_one_piece(tmp_path):
@@ -58,7 +59,36 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path):
     assert not target.exists()
 
 
-def test_a_folder_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(OSError, match="taken"):
-        atomic_write(tmp_path / "taken" / "f", b"")
+@pytest.mark.parametrize("below", ["f", "a/b/f"])
+def test_a_folder_that_is_a_file_is_named(tmp_path, below):
+    (tmp_path / "taken").write_bytes(b"old")
+    with pytest.raises(InputError, match=rf"{below}: cannot be written, since .*taken is a file and no folder"):
+        atomic_write(tmp_path / "taken" / below, b"")
+    for output in (tmp_path / "taken", tmp_path / "taken" / below):
+        with pytest.raises(InputError, match=rf"^{output}: .*taken is a file and no folder; choose another output"):
+            check_folder(output)
+    assert (tmp_path / "taken").read_bytes() == b"old"
+
+
+def test_a_file_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(InputError, match=r"/taken: is a folder; name a file"):
+        atomic_write(tmp_path / "taken", b"")
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_folder_that_can_be_written_is_not_made(tmp_path, monkeypatch):
+    check_folder(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    check_folder("a/b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs a user who may become another")
+def test_a_folder_that_is_closed_is_named(tmp_path):
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match=r"runs/mine: .*[Pp]ermission denied"):
+            check_folder("/root/runs/mine")
+    finally:
+        os.seteuid(0)

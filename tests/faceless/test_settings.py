@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,9 @@ class Drawing:
     title: str = "none"
     pen: Pen = field(default_factory=Pen)
     extras: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Pen] = field(default_factory=dict)
+    names: list[str] | None = None
+    other: Shape | None = None
 
 
 class Trusting(Shape):
@@ -88,7 +92,18 @@ def test_what_is_written_is_complete_and_reads_back_the_same(tmp_path: Path) -> 
         ({"shape": {"class_path": SQUARE["class_path"], "init_args": {"seid": 1}}}, [], ["seid", "side"]),
         ({"shape": {"class_path": "os.system"}}, [], ["drawing.yaml", "shape", "os.system"]),
         ({}, ["--pen.widht", "2"], ["pen.widht", "pen.width"]),
-        ({}, ["--config", "no/such.yaml"], ["no/such.yaml"]),
+        ({}, ["--config", "no/such.yaml"], ["no/such.yaml", "distill/recipes"]),
+        ({"shape": f"{__name__}.Sqare"}, [], ["drawing.yaml", "shape.class_path", "Sqare", "did you mean Square"]),
+        ({"shape": {"class_path": "faceless.seetings.Shape"}}, [], ["shape.class_path", "did you mean settings"]),
+        ({"shape": "square"}, [], ["drawing.yaml: shape: 'square' is no class"]),
+        ({"pen": "thick"}, [], ["drawing.yaml: pen: 'thick' is no group of keys; its keys are width, range"]),
+        ({"parts": {"left": {"widht": 3}}}, [], ["unknown key 'parts.left.widht'", "width"]),
+        ({"parts": {"left": {"width": "x"}}}, [], ["drawing.yaml: parts.left.width: Expected a int. Got value: x"]),
+        ({"parts": {"left": {}}}, ["--parts.left.widht", "3"], ["unknown key 'parts.left.widht'"]),
+        ({"names": "21-40"}, [], ["drawing.yaml: names: Expected list or null. Got value: 21-40"]),
+        ({"other": {"class_path": f"{__name__}.Circle"}}, [], ["other.class_path", "has no Circle; known are"]),
+        ({"other": {"class_path": SQUARE["class_path"]}}, [], ["other.init_args", "required: side"]),
+        ({"other": SQUARE | {"init_args": {"side": 1, "sied": 1}}}, [], ["other.init_args.sied", "mean side"]),
     ],
 )
 def test_mistakes_name_file_key_and_cure(tmp_path: Path, keys: dict, arguments: list[str], words: list[str]) -> None:
@@ -98,6 +113,14 @@ def test_mistakes_name_file_key_and_cure(tmp_path: Path, keys: dict, arguments: 
     assert "\n" not in message
     for word in words:
         assert word in message, message
+    assert len(message) < 300 and not {"Subtypes", "Namespace", "NoneType"} & set(re.split(r"\W", message)), message
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "just words"])
+def test_a_recipe_without_keys(tmp_path: Path, text: str) -> None:
+    (tmp_path / "empty.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"empty\.yaml: holds no settings; write lines of `key: value`$"):
+        parse(Drawing, ["--config", str(tmp_path / "empty.yaml")])
 
 
 FOREIGN = "{name}.Shape"
@@ -175,6 +198,12 @@ def test_text_that_is_no_yaml(tmp_path: Path) -> None:
 def test_a_constructor_that_refuses_is_one_line(tmp_path: Path) -> None:
     settings = parse(Drawing, [*write(tmp_path), "--shape.side", "-1"])
     with pytest.raises(InputError, match="side is -1"):
+        settings.build()
+
+
+def test_a_component_that_may_be_null_refuses_in_its_own_words(tmp_path: Path) -> None:
+    settings = parse(Drawing, write(tmp_path, other=SQUARE | {"init_args": {"side": -1}}))
+    with pytest.raises(InputError, match=r"^settings: side is -1.0; it must be positive$"):
         settings.build()
 
 

@@ -248,6 +248,36 @@ def test_leakage_needs_two_recognizers_and_a_null(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     with pytest.raises(InputError, match="one sub-folder of images for each person"):
         make_gallery(["--faces", str(tmp_path / "p"), "--recognizers", json.dumps([network(tmp_path / "n", 0)])])
+    with pytest.raises(InputError, match=r"null: .*name the reference too"):
+        main(["--corpus", "c", "--null", "n"])
+    with pytest.raises(InputError, match="recognizers is empty"):
+        make_gallery(["--faces", str(tmp_path / "p"), "--recognizers", "[]"])
+
+
+def test_a_photograph_is_not_taken_for_a_crop(tmp_path: Path) -> None:
+    """Squeezed into a square, a photograph would match nobody, and a leak would go unnoticed."""
+    from PIL import Image
+
+    folder = people_folder(tmp_path / "people", range(2))
+    Image.new("RGB", (60, 80)).save(folder / "p001" / "photograph.jpg")
+    given = ["--faces", str(folder), "--recognizers", json.dumps([network(tmp_path / "n", 0)])]
+    with pytest.raises(InputError, match=r"photograph\.jpg: 60 x 80 pixels are no aligned square crop; use --aligned"):
+        make_gallery([*given, "--output", str(tmp_path / "g.safetensors")])
+    assert not (tmp_path / "g.safetensors").exists()
+
+
+def test_a_gallery_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    net = faceless.load(network(tmp_path / "net", 0))
+    gallery = Gallery.of(torch.zeros(4, 3, 32, 32).byte(), np.arange(4), {digest(net): net})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"g\.safetensors: no space left on the disk"):
+            gallery.save(tmp_path / "g.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def test_what_cannot_be_mined_is_said_in_one_line(corpus: Path, tmp_path: Path) 
     teacher, student = network(tmp_path / "t", 0), network(tmp_path / "s", 1, dim=8)
     with pytest.raises(InputError, match="use overlap or rbo"):
         main(["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--cache", str(tmp_path / "c")])
+    with pytest.raises(InputError, match=r"test_mine\.py is a file and no folder"):
+        main(["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--output", __file__])
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda" if not torch.cuda.is_available() else "cuda:gpu"])
+def test_a_device_that_is_not_there_is_said_in_one_line(corpus: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"device is '{name}'.*use auto"):
+        embeddings(faceless.load(network(tmp_path / "t", 0)), Faces(corpus), tmp_path / "c", name, progress=False)
+    assert not (tmp_path / "c").exists()
 
 
 def test_rows_are_found_without_looking_at_the_groups_before_them(tmp_path: Path) -> None:
