@@ -490,6 +490,12 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
         for source in (settings.reference, settings.null)
         if source is not None
     ]
+    for found_people in galleries:
+        for key, net in zip(keys, networks):
+            if (width := found_people.seen_by(key, names[key]).shape[1]) != net.embedding_dim:
+                raise InputError(
+                    f"a gallery holds {width} numbers of {names[key]} for each face, not {net.embedding_dim}"
+                )
     raw = {key: embeddings(net, faces, settings.cache, settings.device, progress) for key, net in zip(keys, networks)}
     centered = unit(raw[keys[0]], center=True)
     group, stays = near_duplicates(faces, centered, settings.duplicate_cosine, settings.duplicate_bits)

@@ -87,6 +87,8 @@ class Faces:
         here = {str(p.relative_to(self.folder)): f.metadata.num_rows for p, f in zip(self.paths, self.files)}
         if listed != here:
             raise InputError(f"{path}: its shards are not those of the folder; repair the corpus first")
+        if not all(isinstance(shard.get("sha256"), str) for shard in found["shards"]):
+            raise InputError(f"{path}: not the manifest of a corpus (a shard has no SHA-256)")
         return dict(found)
 
     @property

@@ -202,6 +202,7 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     check_folder(output)
     if len(faces) < 2:
         raise InputError(f"{settings.corpus}: 1 face; clusters need at least 2")
+    truth = faces.column("identity").astype(np.int64) if "identity" in faces.columns else np.full(len(faces), -1)
     teacher = faceless.load(settings.teacher)
     check_framing(faces, teacher, settings.teacher)
     raw = embeddings(teacher, faces, settings.cache, settings.device, progress)
@@ -238,8 +239,7 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
         "identities": int(refined.max()) + 1,
         "labeled": int((refined >= 0).sum()),
     }
-    if "identity" in faces.columns:
-        truth = faces.column("identity").astype(np.int64)
+    if ((refined >= 0) & (truth >= 0)).any():
         summary["purity"] = {"clusters": purity(labels, truth), "identities": purity(refined, truth)}
     buffer = io.BytesIO()
     np.save(buffer, refined, allow_pickle=False)

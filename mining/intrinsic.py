@@ -89,7 +89,10 @@ def measure(settings: Intrinsic, progress: bool = True) -> dict[str, float]:
         network = faceless.load(model)
         check_framing(faces, network, model)
         raw = embeddings(network, faces, settings.cache, settings.device, progress)
-        found[model] = two_nn(unit(raw, center=settings.center))
+        try:
+            found[model] = two_nn(unit(raw, center=settings.center))
+        except ValueError as error:
+            raise InputError(f"{model}: {error}; it takes nearly all faces for the same") from error
     return found
 
 

@@ -108,6 +108,8 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     if settings.labels and "identity" not in faces.columns:
         raise InputError(f"{settings.corpus}: has no column identity; set labels to false")
     labels = faces.column("identity").astype(np.int64) if settings.labels else None
+    if labels is not None and labels.min() == labels.max() >= 0:
+        raise InputError(f"{settings.corpus}: all faces have one identity, and pairs of strangers are needed")
     decisions = {far: decide(S, T, far, near, labels, settings.seed) for far in settings.fars}
 
     judges = {

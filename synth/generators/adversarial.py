@@ -234,12 +234,15 @@ class Adversarial(Synthesizer):
             "adversarial": adversarial,
         }
         self.momentum, self.divergence, self.agreeing, self.warmup = momentum, divergence, agreeing, warmup
+        self.competes = bool(adversarial)
 
     def begin(self, teacher: Recognizer, student: Recognizer | None, name: str) -> None:
         if self.weights["adversarial"]:
             if student is None:
                 raise InputError("adversarial is not 0, which needs a student")
             check_comparable(student, teacher, by_logits=self.divergence != "cosine")
+            if self.agreeing and (answers(student).logits is None) != (answers(teacher).logits is None):
+                raise InputError("agreeing compares categories: student and teacher need logits both, or neither")
         if not (any(self.weights.values()) or self.uses_statistics):
             raise InputError(f"all weights of {type(self).__name__} are 0: set category, statistics or another")
         # In a tuple: the networks are not part of this module, and its state does not hold them.
@@ -404,6 +407,8 @@ class LatentInversion(Adversarial):
         super().__init__(**terms)
         if iterations < 1 or lr <= 0 or lr_z <= 0 or jitter < 0 or memory < 1:
             raise InputError("iterations and memory must be at least 1, lr and lr_z positive, jitter not negative")
+        if focus is not None and not self.weights["category"]:
+            raise InputError("focus weighs the faces in the category term, whose weight is 0: set category too")
         self.start, self.iterations, self.lr, self.lr_z = start, iterations, lr, lr_z
         self.contrast_weight, self.memory, self.focus, self.jitter = contrast, memory, focus, jitter
         self.contrast: Contrast | None = None

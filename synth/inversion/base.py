@@ -65,11 +65,13 @@ class Synthesizer(nn.Module, ABC):
         face_size: side of its faces; None for that of the teacher's input.
         seed: of initial weights.
         draws: whether `draw` has faces at any time, besides those that rounds make.
+        competes: whether it looks at a student, as it is set.
     """
 
     face_size: int | None = None
     seed: int = 0
     draws = False
+    competes = True
 
     @abstractmethod
     def begin(self, teacher: Recognizer, student: Recognizer | None, name: str) -> None:

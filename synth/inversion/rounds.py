@@ -24,6 +24,7 @@ class InversionRounds(Synthesizer):
     def __init__(self, *, adaptive: float = 0.0, **options: Any):
         super().__init__()
         self.adaptive, self.face_size = adaptive, options.get("face_size")
+        self.competes = bool(adaptive)
         self._options = options
 
     def begin(self, teacher: Recognizer, student: Recognizer | None, name: str) -> None:

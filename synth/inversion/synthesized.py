@@ -41,6 +41,11 @@ class Synthesized(Inverter):
         super().__init__(teacher, synthesizer.face_size)
         if rounds < 1 or training_batch < 2:
             raise InputError("rounds must be at least 1, and training_batch at least 2")
+        if student is not None and not synthesizer.competes:
+            raise InputError(
+                f"student: {type(synthesizer).__name__} looks at none unless adversarial (or adaptive) is set; "
+                "set it or leave student out"
+            )
         self.synthesizer, self.rounds, self.training_batch = synthesizer, rounds, training_batch
         self.student = None if student is None else frozen(student)
         self.begin(0)  # what the method lacks shows now and not in a worker

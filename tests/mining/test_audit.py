@@ -342,5 +342,10 @@ def test_a_gallery_and_a_corpus_are_cut_alike(tmp_path: Path) -> None:
         main([*given, "--reference", files["arcface"], "--null", files["dlib"]])
     main([*given, "--reference", files["dlib"], "--null", files["dlib"]])
     assert "other` knows arcface crops and sees dlib crops here" in (tmp_path / "out" / "AUDIT.md").read_text()
+    wrong = Gallery.load(files["dlib"])
+    wrong.embeddings = {key: rows[:, :5].copy() for key, rows in wrong.embeddings.items()}
+    wrong.save(tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=r"a gallery holds 5 numbers of .*net for each face, not 16"):
+        main([*given, "--reference", files["dlib"], "--null", str(tmp_path / "wrong.safetensors")])
     with pytest.raises(InputError, match="knows arcface crops"):
         main(["--corpus", str(corpus), "--recognizers", json.dumps([str(tmp_path / "other")])])

@@ -108,3 +108,10 @@ def test_where_nothing_is_dense_nobody_has_a_label(tmp_path: Path) -> None:
         main([*given, "--clusters", "20", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
     with pytest.raises(InputError, match=r"far is 0.0; .*between 0 and 1"):
         main([*given, "--far", "0"])
+
+
+def test_identities_that_nobody_knows_leave_purity_out(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", pictures(np.arange(40) % 4), identity=np.full(40, -1))
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "net", 0), "--output", str(tmp_path / "out")]
+    main([*given, "--clusters", "4", "--far", "0.2", "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    assert "purity" not in json.loads((tmp_path / "out" / "identities.json").read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faceless.errors import InputError
 from mining.intrinsic import main, two_nn
 from tests.mining.tiny_corpus import network, pictures, write
 
@@ -38,3 +39,6 @@ def test_the_command_names_each_network(tmp_path: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == models
     assert all(0 < float(line.split()[-2]) < 60 for line in lines)
+    same = write(tmp_path / "same", pictures(np.zeros(6, int), seed=0)[:1].repeat(6, 0))
+    with pytest.raises(InputError, match="1 different rows"):
+        main(["--corpus", str(same), "--models", str(models), "--cache", str(tmp_path / "cache"), "--device", "cpu"])

@@ -192,3 +192,14 @@ def test_a_network_sees_crops_as_it_knows_them_or_is_refused(tmp_path: Path) -> 
         main([*given, "--student", network(tmp_path / "s", 1)])
     with pytest.raises(InputError, match="knows dlib crops"):
         identify([*given, "--output", str(tmp_path / "i")])
+
+
+def test_one_identity_and_a_manifest_without_hashes_are_one_line(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", pictures(np.arange(12) % 3), identity=np.zeros(12, np.int64))
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "t", 0), "--student", network(tmp_path / "s", 1)]
+    given += ["--cache", str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="all faces have one identity"):
+        main([*given, "--labels", "true"])
+    (corpus / "manifest.json").write_text(json.dumps({"shards": [{"name": f"{n}.parquet", "rows": 6} for n in (0, 1)]}))
+    with pytest.raises(InputError, match="a shard has no SHA-256"):
+        main(given)

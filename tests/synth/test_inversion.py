@@ -396,6 +396,8 @@ def test_what_faces_come_from_is_on_record(tmp_path, saved, teacher):
     digest = hashlib.sha256((tmp_path / "statistics.safetensors").read_bytes()).hexdigest()
     assert made.provenance()["statistics_sha256"] == digest and "student" not in made.provenance()
     against = Synthesized(teacher=teacher, synthesizer=GeneratorTraining(adversarial=1.0), student=str(saved))
+    with pytest.raises(InputError, match="student: GeneratorTraining looks at none"):
+        Synthesized(teacher=teacher, synthesizer=GeneratorTraining(category=1.0), student=str(saved))
     assert against.provenance()["student_sha256"] == faceless.load(saved).source["sha256"]
 
 

@@ -282,6 +282,7 @@ def test_inversion_rounds_compete_with_the_student_of_the_moment():
         (lambda t: GeneratorTraining(**SMALL, conditional=True), "conditional needs category"),
         (lambda t: GeneratorTraining(**SMALL, steps=0), "steps must be"),
         (lambda t: LatentInversion(**SMALL, iterations=0), "iterations"),
+        (lambda t: LatentInversion(**SMALL, statistics=1.0, focus=2.0), "focus weighs"),
         (lambda t: began(LatentInversion(**SMALL, category=1.0), t).draw(rng(2)), "rounds only: set pool"),
         (lambda t: Synthesized(teacher=t, synthesizer=GeneratorTraining(adversarial=1.0)), "needs a student"),
     ],
@@ -300,6 +301,10 @@ def test_a_student_whose_answers_cannot_be_compared_is_refused():
         with pytest.raises(InputError, match="3 classes and the teacher 4"):
             began(method, network(0, classes=4), network(1, classes=3))
         began(method, network(0, classes=4), network(1, classes=4))
+    agreeing = GeneratorTraining(**SMALL, adversarial=1.0, agreeing=True)
+    with pytest.raises(InputError, match="agreeing compares categories"):
+        began(agreeing, network(0, classes=4), network(1))
+    began(agreeing, network(0), network(1))
 
 
 def test_a_method_that_matches_statistics_refuses_a_teacher_without():
