@@ -156,11 +156,12 @@ class PromptedWindowAttention(PromptedAttention):
         layer, tokens = self.attention, x.shape[1]
 
         def split(y: Tensor) -> tuple[Tensor, ...]:
-            heads: Tensor = layer.qkv(y).unflatten(-1, (3, layer.num_heads, -1))
-            return heads.permute(2, 0, 3, 1, 4).unbind(0)
+            return y.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-        q, k, v = split(x)
-        _, more_k, more_v = split(self.prompts.to(x.dtype).unsqueeze(0))
+        q, k, v = split(layer.qkv(x))
+        # Not by calling the layer: what counts its operations refuses views of parameters.
+        mapped = F.linear(self.prompts.to(x.dtype), layer.qkv.weight, layer.qkv.bias)
+        _, more_k, more_v = split(mapped.unsqueeze(0))
         k, v = (torch.cat((own, more.expand(len(x), -1, -1, -1)), 2) for own, more in ((k, more_k), (v, more_v)))
         bias = layer._get_rel_pos_bias()
         if mask is not None:

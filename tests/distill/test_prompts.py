@@ -17,6 +17,7 @@ from distill.prompts import PromptedAttention, PromptedTeacher, PromptedWindowAt
 from distill.settings import Validation
 from distill.sources import Batch
 from distill.validation import Validator
+from eval.efficiency import operations
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -50,6 +51,8 @@ def test_without_its_prompts_a_teacher_is_what_it_was(kind: str) -> None:
     assert (after.features[layer] - before.features[layer]).abs().max() > 1e-6  # that of the pass with prompts
     assert len(prompts) == sum(isinstance(m, PromptedAttention) for m in net.modules()) > 1
     assert all(p.shape[0] == 5 for p in prompts)
+    counted = [operations(x, images(1)).macs for x in (network(kind), net)]
+    assert counted[1] > counted[0]
     with pytest.raises(InputError, match=r"ViT or Swin of timm as teacher"):
         Prompts().into(faceless.create("slimresnet", embedding_dim=8, input_size=32))
     with pytest.raises(InputError, match=r"ViT or Swin of timm as teacher"):
