@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from faceless.errors import InputError
-from faceless.files import atomic_path, atomic_write, drop_unfinished
+from faceless.files import atomic_path, atomic_write, drop_unfinished, writing
 
 
 class Checkpoints:
@@ -64,7 +64,7 @@ class Metrics:
         self.path = path
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
@@ -74,7 +74,7 @@ class Metrics:
         atomic_write(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -101,13 +101,19 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
 
     if not path.exists():
         return
-    before = yaml.safe_load(path.read_text()) or {}
+    try:
+        before = yaml.safe_load(path.read_text(errors="replace")) or {}
+    except yaml.YAMLError:
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: damaged; put it back, or choose another output, or delete that folder")
     # Seeds of the losses follow that of the run, which says it better.
-    for key in sorted(set(before) | set(settings), key=lambda key: (key != "seed", key)):
+    for key in sorted({*before, *settings}, key=lambda key: (key != "seed", str(key))):
         if key not in FREE and _given(before.get(key)) != _given(settings.get(key)):
+            place, there, here = _first_difference(key, before.get(key), settings.get(key))
             raise InputError(
-                f"{path.parent} holds a run with another {key} ({_short(before.get(key))} there, "
-                f"{_short(settings.get(key))} here): choose another output, or delete that folder"
+                f"{path.parent} holds a run with another {place} ({_short(there)} there, {_short(here)} here): choose "
+                "another output, or delete that folder"
             )
 
 
@@ -123,6 +129,8 @@ def check_same_record(path: Path, record: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not a record of a run ({error}); choose another output") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: not a record of a run; choose another output")
     now = json.loads(json.dumps(record, default=str))
     for key in ("teacher", "sources", "started_from"):
         if before.get(key) != now.get(key):
@@ -130,6 +138,14 @@ def check_same_record(path: Path, record: dict[str, Any]) -> None:
                 f"{path} names another {key.removesuffix('s')} than there is now, by its contents: put the old one "
                 "back, or choose another output"
             )
+
+
+def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The dotted key that two settings differ in, as deep as both go, and its two values."""
+    while isinstance(before, dict) and isinstance(now, dict):
+        name = next(n for n in sorted({*before, *now}, key=str) if _given(before.get(n)) != _given(now.get(n)))
+        key, before, now = f"{key}.{name}", before.get(name), now.get(name)
+    return key, before, now
 
 
 def _given(value: Any) -> Any:

@@ -101,7 +101,8 @@ class Verification:
     """What the finished student, its teacher and an untrained student are verified on.
 
     Args:
-        benchmark: anything ``eval/verify.py`` takes; None skips verification.
+        benchmark: ``att-faces``, or a folder of square crops with one sub-folder for each person; None skips
+            verification. Protocols (``.bin``, ``ijbc:`` and the like) are for ``eval/verify.py``, when the run is done.
         flip: add the embedding of the mirrored face.
         bootstrap: replicates for the intervals.
         people: subsets to report besides all people, such as ``21-40``; None takes those of att-faces whom nothing here
@@ -214,6 +215,10 @@ class Run:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2^32 - 1")
+        if self.threads < 0:
+            raise InputError(f"threads is {self.threads}; use 0 for all cores, or 1 and more")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be at least 0 and below 1")
         if self.pseudo_identities is not None and (self.pseudo_identities < 2 or self.teacher_cache is None):

@@ -42,7 +42,7 @@ from distill.teachers import CachedTeacher, FrozenTeacher, MixedTeacher, StagedT
 from distill.validation import Validator
 from faceless import processes
 from faceless.errors import InputError, command
-from faceless.files import atomic_write
+from faceless.files import atomic_write, check_folder
 from faceless.randomness import Rng
 from faceless.recognizer import Recognizer
 from faceless.settings import Settings, parse
@@ -149,6 +149,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     """
     run = settings.build()
     output = Path(run.output)
+    check_folder(output)
     check_same_settings(output / "settings.yaml", settings.asdict())
     accelerator = start(run)
     main_process, device = accelerator.is_main_process, accelerator.device
@@ -385,7 +386,7 @@ def make_network(wanted: Student, teacher: Recognizer, seed: int) -> Recognizer:
         return load_start(wanted, teacher)
     return faceless.create(
         wanted.name,
-        embedding_dim=wanted.embedding_dim or teacher.embedding_dim,
+        embedding_dim=teacher.embedding_dim if wanted.embedding_dim is None else wanted.embedding_dim,
         input_size=wanted.input_size,
         framing=teacher.spec.framing,
         seed=seed,

@@ -124,7 +124,10 @@ def cells(grid: Grid) -> Iterator[Cell]:
 
 def read(path: str) -> dict[str, Any]:
     """The settings in a recipe."""
-    found = yaml.safe_load(recipe(path).read_text())
+    try:
+        found = yaml.safe_load(recipe(path).read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: no recipe")
     return found

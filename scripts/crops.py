@@ -22,6 +22,7 @@ from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.randomness import Rng
 from synth.generators.stylegan import StyleGAN
+from synth.settings import check_device
 from synth.survey import spread
 
 BOXES = ("synthdistill", "arcface", "dlib")
@@ -38,6 +39,7 @@ def by_landmarks(images: Tensor, framing: str, size: int) -> Tensor:
 @torch.inference_mode()
 def spreads(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The teacher's spread by crop; None where fewer than two faces were found."""
+    check_device(given.device)
     teacher = faceless.load(given.teacher).to(given.device)
     whole = StyleGAN(given.weights, truncation=given.truncation).to(given.device)
     boxes = {crop: StyleGAN(given.weights, crop=crop).to(given.device) for crop in given.crops if crop in BOXES}

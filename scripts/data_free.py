@@ -71,7 +71,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--timed-rounds", type=int, default=4, help="rounds and batches of faces that are timed")
     parser.add_argument("--benchmark", default="att-faces")
     parser.add_argument("--people", default="21-40")
-    parser.add_argument("--student", default=SMALL, help="JSON: options of the student")
+    parser.add_argument("--student", default=SMALL, type=json.loads, help="JSON: options of the student")
     return parser
 
 
@@ -138,7 +138,7 @@ def grid(given: argparse.Namespace) -> ablate.Grid:
     common = {
         "teacher": given.teacher,
         "student.input_size": given.side,
-        "student.options": json.loads(given.student),
+        "student.options": given.student,
         "augment.size": given.side,
         "optimizer": {"name": "muon", "lr": 0.02, "momentum": 0.95, "warmup": 50},
         "steps": given.steps,

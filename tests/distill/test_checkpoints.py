@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.checkpoints import Checkpoints, Metrics, check_same_settings
+from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
 from faceless.errors import InputError
 
 
@@ -69,6 +69,26 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     check_same_settings(path, {"seed": 1, "steps": 5, "log_every": 7})
     with pytest.raises(InputError, match="another steps"):
         check_same_settings(path, {"seed": 1, "steps": 6})
+    path.write_text(f"student: {{name: a, options: {{stem: {'x' * 90}, width: 1}}}}\n")
+    with pytest.raises(InputError, match=r"another student\.options\.width \(1 there, 2 here\)"):
+        check_same_settings(path, {"student": {"name": "a", "options": {"stem": "x" * 90, "width": 2}}})
+    for damaged in ("a: [1,\n b: }", "- 1\n", "\x00junk"):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=r"settings\.yaml: damaged"):
+            check_same_settings(path, {"seed": 1})
+
+
+def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+    for text in ("[]", "{"):
+        (tmp_path / "provenance.json").write_text(text)
+        with pytest.raises(InputError, match=r"provenance\.json: not a record of a run"):
+            check_same_record(tmp_path / "provenance.json", {"teacher": {}})
+
+
+def test_lines_of_metrics_that_a_disk_has_garbled_are_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{bad\n')
+    Metrics(tmp_path / "metrics.jsonl", 20)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:

@@ -300,6 +300,27 @@ def test_a_wrong_key_inside_a_recipe_is_named_with_its_file(
     assert "warmpu" in message and "warmup" in message and "recipe.yaml" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--seed", "-1"], "seed is -1; it must be from 0"),
+        (["--threads", "-1"], "threads is -1; use 0 for all cores"),
+        (["--output", __file__], "test_train.py is a file and no folder; choose another output"),
+        (["--verification.benchmark", "lfw.bin"], "afterwards eval/verify.py --model"),
+        (["--verification.benchmark", "ijbc:somewhere"], "a run verifies on att-faces or a folder of people"),
+        (["--student.embedding_dim", "0"], "embedding_dim is 0"),
+    ],
+)
+def test_mistakes_show_before_any_face_is_made(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(recipe(tmp_path, teacher)), *arguments])
+    assert stop.value.code == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "corpus").exists() and not (tmp_path / "run").exists()
+
+
 def test_other_settings_in_the_same_folder_are_refused(
     tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
