@@ -39,15 +39,15 @@ def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> B
         conditions.check(condition)
     if run.verification.benchmark is None:
         return None
-    chosen = run.verification.benchmark
-    if Path(chosen).suffix in (".bin", ".parquet") or chosen.partition(":")[0] in benchmarks.PROTOCOLS:
+    source = run.verification.benchmark
+    if Path(source).suffix in (".bin", ".parquet") or source.partition(":")[0] in benchmarks.PROTOCOLS:
         raise InputError(
-            f"verification.benchmark {chosen}: a run verifies on att-faces or a folder of people; take one of these or "
-            f"null, and afterwards eval/verify.py --model {Path(run.output, 'student')} --benchmark {chosen}"
+            f"verification.benchmark {source}: a run verifies on att-faces or a folder of people; take one of these or "
+            f"null, and afterwards eval/verify.py --model {Path(run.output, 'student')} --benchmark {source}"
         )
     with accelerator.main_process_first():
         size = max(teacher.spec.height, teacher.spec.width)
-        benchmark = benchmarks.load(chosen, framing=teacher.spec.framing, size=size)
+        benchmark = benchmarks.load(source, framing=teacher.spec.framing, size=size)
     people = int(benchmark.identities.max()) + 1
     trained = trained_on(run, people)
     subsets = run.verification.subsets()
