@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import faceless
-from faceless import align
+from faceless import align, processes
 from faceless.detectors import Detector, Dlib
 from faceless.errors import InputError, command
 from faceless.files import atomic_path, atomic_write
@@ -313,6 +313,7 @@ def _start_worker(pickled: bytes) -> None:
     global _cutter
     torch.set_num_threads(1)
     _cutter = pickle.loads(pickled)  # of our own making, from the parent process
+    processes.end_quietly()
 
 
 def _work(photos: list[Photo]) -> int:
@@ -332,7 +333,8 @@ def _all(cutter: Cutter, blocks: list[list[Photo]], workers: int | None) -> Iter
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _start_worker, (pickle.dumps(cutter),)) as pool:
-        waiting = {pool.submit(_work, block) for block in blocks}
+        with processes.starting_workers():
+            waiting = {pool.submit(_work, block) for block in blocks}
         try:
             for future in as_completed(waiting):
                 yield future.result()

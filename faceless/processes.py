@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import psutil
 
@@ -34,6 +38,30 @@ def spread() -> None:
     if count > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Around what starts worker processes: Ctrl-C, which a terminal sends to them too, waits for `end_quietly` there.
+
+    Else each of them would show a traceback of whatever it was just importing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it lets the signal through when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_quietly() -> None:
+    """In a worker process, ready to work: end at Ctrl-C without a word, since the parent has one for all."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def wanted(command: list[str]) -> int | None:

@@ -255,6 +255,7 @@ def _start_worker(pickled: bytes, folder: Path, draws: bool) -> None:
     if draws:
         made.generator.to(made.device)
     _worker = made, Blocks(folder), near(made, folder) if draws else None
+    processes.end_quietly()
 
 
 def _end_with(sentinel: int) -> None:
@@ -351,7 +352,8 @@ class Pool:
         candidate = first
         while len(self.ahead) <= self.workers and candidate < first + 64 * (self.workers + 1):
             if self._wanted(candidate, stop, under_way):
-                self.ahead[self.executor.submit(_work, candidate)] = candidate
+                with processes.starting_workers():
+                    self.ahead[self.executor.submit(_work, candidate)] = candidate
             candidate += 1
         done, _ = wait(self.ahead, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
@@ -379,7 +381,9 @@ class Pool:
 
     def _draw(self, index: Tensor) -> Future[Batch]:
         assert self.executor is not None
-        return self.executor.submit(_cut, draw(self.made, index, self.near))
+        drawn = draw(self.made, index, self.near)
+        with processes.starting_workers():
+            return self.executor.submit(_cut, drawn)
 
     def _wanted(self, number: int, stop: int | None, under_way: Container[int]) -> bool:
         inside = self.mine(number) and number not in under_way and (stop is None or number < stop)

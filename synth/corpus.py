@@ -135,6 +135,8 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._file is not None:
+            self._parquet.is_open = False  # what was begun is dropped, and not finished when it is collected
         self._stack.__exit__(kind, error, trace)
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from faceless import processes
 from faceless.errors import InputError
 from faceless.processes import spread, wanted
 
@@ -58,3 +60,16 @@ def test_kept_memory_needs_no_new_pages() -> None:
         for how in ("given back", "kept")
     )
     assert given >= 10 * 20 and kept < given / 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
+def test_ctrl_c_waits_in_workers_until_they_can_end_without_a_word() -> None:
+    """A terminal sends it to all processes; sent before the imports are done, it used to show a traceback for each."""
+    code = (
+        "import os, signal, faceless.processes; os.kill(os.getpid(), signal.SIGINT); print('imported', flush=True); "
+        "faceless.processes.end_quietly(); print('never')"
+    )
+    with processes.starting_workers():
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (child.stdout, child.stderr, child.returncode) == ("imported\n", "", -signal.SIGINT)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
