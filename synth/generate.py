@@ -178,17 +178,22 @@ class Run:
         mine = lambda number: number % self.world == self.rank  # noqa: E731
         return Pool(self.made, self.blocks, workers(self.made, self.world), mine)
 
+    def all_blocks(self) -> int | None:
+        """How many there are, where no face is ever rejected; else that shows only in the end."""
+        sure = self.made.align is None and self.made.gate is None
+        return -(-self.made.count // self.made.block) if sure else None
+
     def help(self) -> None:
         """Make this rank's blocks until rank 0 has written the manifest."""
-        manifest = self.folder / "manifest.json"
+        manifest, stop = self.folder / "manifest.json", self.all_blocks()
         with self.pool() as pool:
             frontier = 0
             while not manifest.is_file():
                 while self.blocks.counts(frontier) is not None:
                     frontier += 1
                 mine = next(n for n in range(frontier, frontier + self.world) if pool.mine(n))
-                if self.blocks.counts(mine) is None:
-                    pool.advance(mine)
+                if self.blocks.counts(mine) is None and (stop is None or mine < stop):
+                    pool.advance(mine, stop)
                 else:
                     time.sleep(0.05)
         shutil.rmtree(self.blocks.folder, ignore_errors=True)
@@ -207,10 +212,12 @@ class Run:
         with bar, writer, self.pool() as pool:
             dropped = 0
             while not writer.complete or accepted < made.count:
-                # As many more blocks as the acceptance so far calls for.
-                needed = 2 + (made.count - accepted) * number // max(accepted, 1) if number else None
+                stop = self.all_blocks()
+                if stop is None and number:
+                    # As many more as the acceptance so far calls for.
+                    stop = number + 2 + (made.count - accepted) * number // max(accepted, 1)
                 while (counts := self.blocks.counts(number)) is None:
-                    pool.advance(number, needed and number + needed)
+                    pool.advance(number, stop)
                 accepted += counts["accepted"]
                 rejected.update(counts["rejected"])
                 number += 1

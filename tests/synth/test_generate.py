@@ -104,8 +104,14 @@ def test_corpus_holds_what_the_generator_makes(small):
     assert Image.open(small / "contact_sheet.png").size == (16 * 96, 8 * 96)
 
 
-def test_any_number_of_processes_gives_the_same_bytes(small, tmp_path):
+def test_any_number_of_processes_gives_the_same_bytes(small, tmp_path, monkeypatch):
+    """And makes no block that nobody needs: those of an inversion take minutes."""
+    begun = []
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: begun.extend(Path(folder).glob("*.json")))
     generate(settings(tmp_path / "two", workers=2), progress=False)
+    assert sorted(path.stem for path in begun if path.stem.isdigit()) == [f"{n:06d}" for n in range(-(-700 // 64))]
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "two" / ".blocks")
     assert contents(tmp_path / "two") == contents(small)
 
 
