@@ -162,7 +162,7 @@ class Run:
             "versions": versions(self.made),
         }
         if claim.is_file():
-            begun = json.loads(claim.read_text())
+            begun = self.read(claim, dict)
             check_same(self.folder, begun["settings"], self.content)
             check_same(self.folder, begun["generator"], mine["generator"])
             check_same(self.folder, begun["versions"], mine["versions"])
@@ -173,6 +173,16 @@ class Run:
             atomic_write(claim, json.dumps(mine))
         while not claim.is_file() and not (self.folder / "manifest.json").is_file():
             time.sleep(0.05)
+
+    def read(self, path: Path, kind: type) -> Any:
+        """What was noted of a corpus that was begun."""
+        try:
+            found = json.loads(path.read_text())
+            if isinstance(found, kind):
+                return found
+        except ValueError:
+            pass
+        raise InputError(f"{path}: damaged; delete {self.folder} and run the same command again")
 
     def pool(self) -> Pool:
         mine = lambda number: number % self.world == self.rank  # noqa: E731
@@ -200,7 +210,7 @@ class Run:
 
     def finish(self, progress: bool) -> None:
         made, book = self.made, self.blocks.folder / "shards.json"
-        finished = json.loads(book.read_text()) if book.is_file() else []
+        finished = self.read(book, list) if book.is_file() else []
         writer = CorpusWriter(
             self.folder, columns(made), rows=made.count, shard_rows=made.shard_rows, finished=finished
         )

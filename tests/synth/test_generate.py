@@ -160,6 +160,19 @@ def test_interrupted_inside_a_shard_keeps_what_was_done(tmp_path, small):
     assert contents(tmp_path / "half") == contents(small)
 
 
+@pytest.mark.parametrize("name", ["settings.json", "shards.json"])
+@pytest.mark.parametrize("text", ["{", "7"])
+def test_damaged_notes_of_a_corpus_that_was_begun_are_one_line(tmp_path, name, text):
+    from synth import generate as module
+
+    made = settings(tmp_path / "begun")
+    built = made.build()
+    module.Run(built, module.recorded(made, built), 0, 1).begin(made.yaml())
+    (tmp_path / "begun" / ".blocks" / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: damaged; delete .*begun"):
+        generate(made, progress=False)
+
+
 def test_settings_that_came_later_do_not_make_another_corpus(small):
     """A corpus that was begun before there were these settings is finished, not refused."""
     recorded = set(json.loads((small / "manifest.json").read_text())["settings"])
