@@ -106,7 +106,7 @@ def test_the_command_names_its_conventions(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         efficiency.main(["--model", *models, "--rounds", "5"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and line.startswith("error: ") and "--rounds" in line
+    assert ended.value.code == 2 and line.startswith("error: ") and "rounds" in line and "did you mean runs" in line
 
 
 def test_quantiles_are_measured_times():
