@@ -26,6 +26,8 @@ from synth.corpus import Corpus, encode
 from synth.generate import generate, read_settings, workers
 from synth.settings import Generation
 
+WINDOW = 10.0  # seconds in which a floor is measured
+
 
 def per_candidate(work: Callable[[], object], candidates: int, repeats: int) -> float:
     """Milliseconds of CPU time per candidate, the fastest of some repeats."""
@@ -99,10 +101,12 @@ def bare(pickled: bytes, detect: bool, number: int) -> float:
         return align.detect(drawn[place].images, points=how.points, **sizes)
 
     work(0)
-    begin = time.perf_counter()
-    for place in range(len(parts)):
-        work(place)
-    return sum(map(len, parts)) / (time.perf_counter() - begin)
+    begin, done, place = time.perf_counter(), 0, 0
+    while (passed := time.perf_counter() - begin) < WINDOW:
+        work(place % len(parts))
+        done += len(parts[place % len(parts)])
+        place += 1
+    return done / passed
 
 
 def floors(made: Generation, processes: int) -> tuple[float, float]:
@@ -120,11 +124,8 @@ def corpora(config: str, count: int) -> None:
     """Write whole corpora, with alignment and without, beside what is the least that they could cost."""
     made = read_settings(["--config", config]).build()
     processes = workers(made)
-    generator, detector = floors(made, processes)
-    # Apart, the slower of the two sets the pace; on the same cores, both take their time.
-    both = min(generator, detector) if made.device != "cpu" else 1 / (1 / generator + 1 / detector)
-    print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
-    for name, options, floor in (("whole faces", ["--align", "null"], generator), ("aligned", [], both)):
+    for name, options in (("whole faces", ["--align", "null"]), ("aligned", [])):
+        before = floors(made, processes)
         with TemporaryDirectory() as folder:
             target = str(Path(folder) / "corpus")
             arguments = ["--config", config, *options, "--output", target]
@@ -138,6 +139,12 @@ def corpora(config: str, count: int) -> None:
             candidates = corpus.manifest["counts"]["candidates"]
             # Starting the workers is paid once: the difference of two corpora does not hold it.
             rate = 0.9 * candidates / (seconds - small)
+            # A machine's speed drifts with its neighbors: the floor is what it was before and afterwards.
+            generator, detector = (sum(pair) / 2 for pair in zip(before, floors(made, processes)))
+            print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
+            # Apart, the slower of the two sets the pace; on the same cores, both take their time.
+            both = min(generator, detector) if made.device != "cpu" else 1 / (1 / generator + 1 / detector)
+            floor = both if made.align and not options else generator
             print(
                 f"{name}: {count / seconds:.0f} faces/s, {rate:.0f} candidates/s without the start of the workers; "
                 f"{rate / floor:.0%} of the floor"
