@@ -35,7 +35,7 @@ from faceless.errors import InputError, suggest
 from faceless.files import sha256, visible
 from faceless.images import read_image
 from faceless.randomness import Rng, permutation
-from faceless.recognizer import MAX_SIDE, Output, Recognizer
+from faceless.recognizer import MAX_SIDE, Output, Recognizer, same_framing
 from faceless.settings import Settings, recipe
 from faceless.threads import each
 from mining.resampling import Around, Resampling
@@ -132,11 +132,7 @@ class Source(ABC):
         found = self.framing_known()
         if found is None:
             return f"{self.name()}: does not say how its faces are cut; the teacher knows {wanted} crops"
-        if found != wanted:
-            raise InputError(
-                f"{self.name()}: its faces are {found[:40]} crops, and the teacher knows {wanted} crops; "
-                f"use faces of the {wanted} framing, or another teacher"
-            )
+        same_framing(found, wanted, self.name(), "the teacher")
         return None
 
     def name(self) -> str:
@@ -799,8 +795,7 @@ class OnlineSource(Source):
             if attempt:
                 latents[open_rows.to(device)] = draw(open_rows, attempt)
             images = self.generator.synthesize(latents[open_rows.to(device)]).round().clamp(0, 255).byte().cpu()
-            # Dlib's five points are not the five of ArcFace's template.
-            points = 5 if self.framing == "dlib" else 68
+            points = align.native_points(self.framing)
             found = align.detect(images, points=points, detect_size=self.detect_size, landmark_size=2 * self.side)
             last = attempt == self.tries - 1
             done = found.found

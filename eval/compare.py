@@ -22,8 +22,9 @@ import faceless
 from eval import benchmarks, efficiency, figures, metrics, report
 from eval.benchmarks import Benchmark, Protocol
 from eval.figures import Accuracy, Scores
-from eval.verify import chosen_device, crop_size, verify
+from eval.verify import crop_size, verify
 from faceless import assets, settings
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_write, check_folder
 from faceless.recognizer import Recognizer

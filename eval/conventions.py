@@ -29,8 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import faceless
 from eval import benchmarks, metrics
 from eval.benchmarks import Benchmark
-from eval.verify import NATIVE_SIZE, chosen_device, crop_size
+from eval.verify import NATIVE_SIZE, crop_size
 from faceless import settings
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.recognizer import InputSpec, Recognizer
 

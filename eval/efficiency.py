@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import faceless
-from eval.verify import chosen_device
 from faceless import onnx_files, settings
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.recognizer import Recognizer

@@ -23,6 +23,7 @@ from eval import benchmarks, metrics
 from eval.benchmarks import Benchmark, Protocol, Report
 from eval.benchmarks.protocol import cached, percent
 from faceless import settings
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_write, check_folder
 from faceless.recognizer import Recognizer
@@ -262,15 +263,6 @@ def _rows(result: Verification) -> list[tuple[str, str, str]]:
 def _realized(point: metrics.OperatingPoint) -> str:
     mark = "*" if min(point.false_matches, point.false_non_matches) < metrics.RULE_OF_30 else ""
     return f"{100 * point.fnmr:.2f} at {100 * point.fmr:.4f} (k = {point.allowed}){mark}"
-
-
-def chosen_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}: use auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def parser() -> ArgumentParser:

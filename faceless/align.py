@@ -66,6 +66,11 @@ _DLIB68 = (
 _CHIP68 = tuple(i for i in range(27, 68) if not (55 <= i <= 59 or 65 <= i <= 67))
 
 
+def native_points(framing: str) -> int:
+    """How many of dlib's landmarks a crop is made from: its own 5 for its chip; ArcFace's 5 come out of the 68."""
+    return 5 if framing == "dlib" else 68
+
+
 def arcface_points(points: Tensor) -> Tensor:
     """The five ArcFace points ``[N, 5, 2]`` out of dlib's 68 ``[N, 68, 2]``: eye centers, nose tip, mouth corners."""
     left, right = points[:, 36:42].mean(1), points[:, 42:48].mean(1)

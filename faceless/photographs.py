@@ -231,7 +231,7 @@ def align_photographs(settings: Settings[Photographs], progress: bool = True) ->
     nested = photos.resolve(), output.resolve()
     if nested[0] == nested[1] or nested[0] in nested[1].parents or nested[1] in nested[0].parents:
         raise InputError(f"{output}: one of photos and output lies in the other; choose another output")
-    detector = made.detector or Dlib(points=5 if made.framing == "dlib" else 68)
+    detector = made.detector or Dlib(points=align.native_points(made.framing))
     if detector.scheme == "dlib5" and made.framing == "arcface":
         raise InputError("detector: an arcface crop needs 68 of dlib's points, not 5; use --detector.points 68")
     size = made.size or NATIVE_SIZE[made.framing]

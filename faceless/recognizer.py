@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceless.errors import InputError
+
 MAX_SIDE = 2048  # pixels; what a stranger's file may ask for
 
 
@@ -68,6 +70,25 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
         return images
     shrinking = images.shape[-2] > height or images.shape[-1] > width
     return F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=shrinking)
+
+
+def same_framing(found: object, wanted: str | None, where: str, network: str) -> None:
+    """Compare how faces are cut with what a network knows.
+
+    Args:
+        found: the framing of the faces (see `faceless.align`); None where nobody says.
+        wanted: that of the network.
+        where: the corpus or source, for the message.
+        network: its name, for the message.
+
+    Raises:
+        InputError: the faces are cut otherwise.
+    """
+    if found is not None and found != wanted:
+        raise InputError(
+            f"{where}: its faces are {str(found)[:40]} crops, and {network} knows {wanted} crops; "
+            "use faces of that framing, or another network"
+        )
 
 
 class Recognizer(nn.Module):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import faceless
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_path, atomic_write, check_folder, sha256
 from faceless.randomness import permutation
@@ -31,7 +32,7 @@ from faceless.settings import Settings, parse
 from mining import figures
 from mining.disagreement import Threshold, above_all_but
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
-from mining.faces import Faces, check_framing, chosen_device, digest, embeddings, unit
+from mining.faces import Faces, check_framing, digest, embeddings, unit
 from mining.gallery import Gallery, read_people
 from mining.identities import cluster
 

@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from faceless.devices import chosen_device
 from faceless.errors import InputError
 from faceless.files import atomic_path, sha256, visible
-from faceless.recognizer import Recognizer
+from faceless.recognizer import Recognizer, same_framing
 
 MAX_SIDE = 4096
 MAX_MANIFEST = 64 << 20  # bytes
@@ -204,12 +205,7 @@ def check_framing(faces: Faces, recognizer: Recognizer, name: str) -> None:
     Raises:
         InputError: they are cut otherwise.
     """
-    found = faces.manifest.get("framing")
-    if found is not None and found != recognizer.spec.framing:
-        raise InputError(
-            f"{faces.folder}: its faces are {str(found)[:40]} crops, and {name} knows {recognizer.spec.framing} crops; "
-            "use faces of that framing, or another network"
-        )
+    same_framing(faces.manifest.get("framing"), recognizer.spec.framing, str(faces.folder), name)
 
 
 def digest(recognizer: Recognizer) -> str:
@@ -218,23 +214,6 @@ def digest(recognizer: Recognizer) -> str:
     for name, tensor in sorted(recognizer.state_dict().items()):
         found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def chosen_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one.
-
-    Raises:
-        InputError: no device of torch's, or none that is here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but torch sees no CUDA device here; use auto or cpu")
-    return device
 
 
 def embeddings(

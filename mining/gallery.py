@@ -127,9 +127,8 @@ def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True)
     for path in paths:
         image = _read(path)
         if not aligned:
-            marks = align.detect(
-                image, points=5 if framing == "dlib" else 68, attempts=align.THOROUGH, whole_image=True
-            )
+            points = align.native_points(framing)
+            marks = align.detect(image, points=points, attempts=align.THOROUGH, whole_image=True)
             crops.append(align.crop(image, marks.points, framing, SIDE))
         elif image.shape[2] != image.shape[3]:
             raise InputError(

@@ -18,11 +18,11 @@ from torch import Tensor
 
 import faceless
 from faceless import align
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.randomness import Rng
 from synth.generators.stylegan import StyleGAN
-from synth.settings import check_device
 from synth.survey import spread
 
 BOXES = ("synthdistill", "arcface", "dlib")
@@ -39,10 +39,10 @@ def by_landmarks(images: Tensor, framing: str, size: int) -> Tensor:
 @torch.inference_mode()
 def spreads(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The teacher's spread by crop; None where fewer than two faces were found."""
-    check_device(given.device)
-    teacher = faceless.load(given.teacher).to(given.device)
-    whole = StyleGAN(given.weights, truncation=given.truncation).to(given.device)
-    boxes = {crop: StyleGAN(given.weights, crop=crop).to(given.device) for crop in given.crops if crop in BOXES}
+    device = chosen_device(given.device)
+    teacher = faceless.load(given.teacher).to(device)
+    whole = StyleGAN(given.weights, truncation=given.truncation).to(device)
+    boxes = {crop: StyleGAN(given.weights, crop=crop).to(device) for crop in given.crops if crop in BOXES}
     framing = teacher.spec.framing or "arcface"
     seen: dict[str, list[Tensor]] = {crop: [] for crop in given.crops}
     for rows in torch.arange(given.faces).split(given.batch):
@@ -51,7 +51,7 @@ def spreads(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for crop, found in seen.items():
             faces = boxes[crop].cropped(images) if crop in boxes else by_landmarks(images, framing, 112)
             if len(faces):
-                found.append(teacher(faces.to(given.device)).embedding.float().cpu())
+                found.append(teacher(faces.to(device)).embedding.float().cpu())
     raw = {crop: torch.cat(found) if found else torch.empty(0, 1) for crop, found in seen.items()}
     return {
         crop: spread(rows, given.threshold) if len(rows) > 1 else {"faces": len(rows)} for crop, rows in raw.items()

@@ -35,6 +35,11 @@ FORMAT, VERSION = "faceless-corpus", 1
 ROW_GROUP = 256
 MAX_SIDE = 4096
 MAX_MANIFEST = 64 << 20  # bytes
+#: Said of a corpus that `mining/audit.py` took rows out of.
+REMOVED = (
+    "rows of it were removed, so its seed does not make it again; remove them anew with mining/audit.py from the whole "
+    "corpus"
+)
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -238,7 +243,7 @@ class Corpus:
 
     def repair_hint(self) -> str:
         if "removed_by_audit" in self.manifest:
-            return "rows of this corpus were removed: remove them anew with mining/audit.py from the whole corpus"
+            return REMOVED
         settings = self.folder / "settings.yaml"
         return f"python synth/generate.py --config {settings} --output {self.folder} --repair true writes it again"
 
@@ -419,10 +424,10 @@ def damaged_shards(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[int, 
     problems = {}
     for number, shard in enumerate(shards):
         path = folder / shard["name"]
-        if not path.is_file():
-            problems[number] = "missing"
-        elif path.stat().st_size != shard["bytes"]:
-            problems[number] = f"{path.stat().st_size} bytes instead of {shard['bytes']}"
+        if not has_its_size(folder, shard):
+            problems[number] = (
+                f"{path.stat().st_size} bytes instead of {shard['bytes']}" if path.is_file() else "missing"
+            )
         elif sha256(path) != shard["sha256"]:
             problems[number] = "its SHA-256 is not the manifest's"
     return problems

@@ -32,6 +32,7 @@ from faceless.settings import Settings, parse
 from synth.blocks import Blocks, Pool, columns, teacher
 from synth.corpus import (
     FORMAT,
+    REMOVED,
     VERSION,
     Corpus,
     CorpusWriter,
@@ -308,10 +309,7 @@ def repair(made: Generation, manifest: dict[str, Any], progress: bool) -> None:
     """
     folder, shards = Path(made.output), manifest["shards"]
     if "removed_by_audit" in manifest:
-        raise InputError(
-            f"{folder}: rows of it were removed, so its seed does not make it again; remove them anew with "
-            "mining/audit.py from the whole corpus"
-        )
+        raise InputError(f"{folder}: {REMOVED}")
     damaged = damaged_shards(folder, shards)
     scratch = folder / ".repair"
     shutil.rmtree(scratch, ignore_errors=True)

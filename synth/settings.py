@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
+from faceless.devices import chosen_device
 from faceless.errors import InputError
 from synth.generators.base import FaceMaker
 
@@ -78,7 +77,7 @@ class Generation:
         shard_rows: faces per parquet file.
         block: candidates per block, the unit of work; changes no face but, with the counts, the manifest.
         batch: latents per pass of the generator; faces that an inverter makes together.
-        device: ``cpu``, ``cuda``, or another name of torch's.
+        device: ``cpu``, ``cuda`` (``cuda:1`` is the second), or ``auto``, a GPU where there is one.
         workers: processes of this machine; null takes one per core; 0 works inside this process. With a GPU, this
             process draws the faces and the workers cut and encode them.
         min_acceptance: give up when fewer than this part of 4096 or more candidates are accepted.
@@ -129,13 +128,4 @@ class Generation:
             raise InputError("gate.min_norm needs a teacher; name one")
         if self.latent_dtype == "float16" and self.generator.identities > 2048:
             raise InputError("latent_dtype float16 cannot number more than 2048 identities; use float32 or none")
-        check_device(self.device)
-
-
-def check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but torch sees no CUDA device here; use cpu")
+        self.device = str(chosen_device(self.device))

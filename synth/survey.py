@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from faceless.devices import chosen_device
 from faceless.errors import InputError, command
 from faceless.files import atomic_write
 from faceless.randomness import permutation
+from faceless.recognizer import same_framing
 from faceless.settings import parse
 from faceless.weights import load
 from synth.corpus import Corpus
-from synth.settings import check_device
 
 BINS = 20_000
 
@@ -37,7 +38,7 @@ class Survey:
         faces: looked at, drawn at random; all pairs of them are compared.
         threshold: cosine from which the teacher calls two faces one person, as ``eval/verify.py`` finds it for a false
             match rate; null leaves that line out.
-        device: ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         seed: of the choice of faces.
     """
 
@@ -53,7 +54,7 @@ class Survey:
             raise InputError(f"faces is {self.faces}; it must be at least 2")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise InputError(f"threshold is {self.threshold}; it is a cosine, from -1 to 1")
-        check_device(self.device)
+        self.device = str(chosen_device(self.device))
 
 
 def survey(wanted: Survey) -> dict[str, Any]:
@@ -62,12 +63,7 @@ def survey(wanted: Survey) -> dict[str, Any]:
     rows = permutation(wanted.seed, "survey", len(corpus))[: wanted.faces].sort().values
     if wanted.teacher is not None:
         network = load(wanted.teacher).to(wanted.device).eval()
-        framing = corpus.manifest.get("framing")
-        if framing is not None and framing != network.spec.framing:
-            raise InputError(
-                f"{corpus.folder}: its faces are {str(framing)[:40]} crops, and {wanted.teacher} knows "
-                f"{network.spec.framing} crops; name a teacher of that framing"
-            )
+        same_framing(corpus.manifest.get("framing"), network.spec.framing, str(corpus.folder), wanted.teacher)
         with torch.inference_mode():
             raw = torch.cat([network(corpus.images(part).to(wanted.device)).embedding.cpu() for part in rows.split(64)])
         who = {"teacher": wanted.teacher, "teacher_sha256": network.source["sha256"]}

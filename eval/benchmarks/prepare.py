@@ -28,7 +28,7 @@ def crops(paths: Sequence[Path], framing: str, size: int) -> tuple[Tensor, Tenso
     Returns:
         ``[N, 3, size, size]`` uint8, ``[N]`` bool whether a face was found, and the counts.
     """
-    points = 5 if framing == "dlib" else 68
+    points = align.native_points(framing)
     cut, found = [], []
     counts: Counter[str] = Counter()
     for batch in _batches(paths):

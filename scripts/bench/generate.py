@@ -144,7 +144,7 @@ def corpora(config: str, count: int) -> None:
             print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
             # Apart, the slower of the two sets the pace; on the same cores, both take their time.
             both = min(generator, detector) if made.device != "cpu" else 1 / (1 / generator + 1 / detector)
-            floor = both if made.align and not options else generator
+            floor = generator if options or not made.align else both
             print(
                 f"{name}: {count / seconds:.0f} faces/s, {rate:.0f} candidates/s without the start of the workers; "
                 f"{rate / floor:.0%} of the floor"

@@ -18,6 +18,25 @@ from tests.mining.tiny_corpus import pictures, write
 pytest.importorskip("dlib")
 
 
+class StoppedError(Exception):
+    pass
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, *times: int) -> list[int]:
+    """Stops in the middle of these parts, counted from 1; the list becomes the sizes of all that are begun."""
+    asked: list[int] = []
+    look = landmarks.landmarks
+
+    def counting(images: torch.Tensor, size: int) -> torch.Tensor:
+        asked.append(len(images))
+        if len(asked) in times:
+            raise StoppedError
+        return look(images, size)
+
+    monkeypatch.setattr(landmarks, "landmarks", counting)
+    return asked
+
+
 def test_eyes_nose_and_mouth_of_real_faces_and_of_a_larger_copy(tmp_path: Path) -> None:
     folder = assets.fetch("att-faces")
     pixels = np.stack([np.array(Image.open(folder / f"s{s}" / "1.pgm").convert("RGB")) for s in (1, 2)])
@@ -40,19 +59,7 @@ def test_a_stopped_search_goes_on_and_faces_without_landmarks_are_told(
 ) -> None:
     corpus = write(tmp_path / "corpus", pictures(np.arange(10) % 3))  # patterns, no faces
     monkeypatch.setattr(landmarks, "PART", 4)
-    asked: list[int] = []
-    look = landmarks.landmarks
-
-    class StoppedError(Exception):
-        pass
-
-    def counting(images: torch.Tensor, size: int) -> torch.Tensor:
-        asked.append(len(images))
-        if len(asked) == 2:
-            raise StoppedError
-        return look(images, size)
-
-    monkeypatch.setattr(landmarks, "landmarks", counting)
+    asked = stopping(monkeypatch, 2)
     settings = Marking(corpus=str(corpus), output=str(tmp_path / "out"), detect_size=80)
     with pytest.raises(StoppedError):
         mark(settings, progress=False)
@@ -67,19 +74,7 @@ def test_a_stopped_search_goes_on_and_faces_without_landmarks_are_told(
 def test_what_is_left_of_another_corpus_or_size_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landmarks, "PART", 4)
     first, second = (write(tmp_path / name, pictures(np.arange(6) % 3, seed)) for seed, name in enumerate("ab"))
-    asked: list[int] = []
-    look = landmarks.landmarks
-
-    class StoppedError(Exception):
-        pass
-
-    def counting(images: torch.Tensor, size: int) -> torch.Tensor:
-        asked.append(len(images))
-        if asked in ([4, 2], [4, 2, 4, 2]):
-            raise StoppedError
-        return look(images, size)
-
-    monkeypatch.setattr(landmarks, "landmarks", counting)
+    asked = stopping(monkeypatch, 2, 4)
     out = str(tmp_path / "out")
     for corpus, size in ((first, 80), (first, 96)):
         with pytest.raises(StoppedError):
