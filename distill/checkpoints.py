@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,22 @@ class Checkpoints:
                 problem = type(error).__name__
             print(f"warning: {path} is damaged ({problem}); trying the one before", file=sys.stderr)
         return None
+
+    @contextmanager
+    def fitting(self, step: int, part: str) -> Iterator[None]:
+        """Around taking over a part of a checkpoint.
+
+        Raises:
+            InputError: it is that of another network, or not there: nobody else's run goes on here.
+        """
+        try:
+            yield
+        except (InputError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            why = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"{self.folder / f'step-{step:08d}.pt'}: its {part} does not fit this run ({why}); put the right one "
+                "back, or delete it to go on from the one before"
+            ) from error
 
 
 class Metrics:

@@ -210,11 +210,16 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     step = 0
     if (saved := checkpoints.latest()) is not None:
         step = saved["step"]
-        student.load_state_dict(saved["student"])
-        average.load_state_dict(saved["average"])
-        objective.load_state_dict(saved["objective"])
-        optimizer.load_state_dict(saved["optimizer"])
-        run.source.load_state_dict(saved["source"])
+        stateful: dict[str, Any] = {
+            "student": student,
+            "average": average,
+            "objective": objective,
+            "optimizer": optimizer,
+            "source": run.source,
+        }
+        for name, part in stateful.items():
+            with checkpoints.fitting(step, name):
+                part.load_state_dict(saved[name])
         accelerator.print(f"resuming {output} at step {step}")
     trained, optimizer = accelerator.prepare(student, optimizer)
     if any(p.requires_grad for p in objective.parameters()):
@@ -225,7 +230,8 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
             torch._functorch.config.donated_buffer = False
         trained = torch.compile(trained)
     if saved is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(saved["scaler"])
+        with checkpoints.fitting(step, "scaler"):
+            accelerator.scaler.load_state_dict(saved["scaler"])
 
     metrics = Metrics(output / "metrics.jsonl", step) if main_process else None
     if run.tensorboard and step < run.steps:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,12 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 import faceless
 from faceless import align
 from faceless.errors import InputError, command
-from faceless.files import atomic_write
+from faceless.files import atomic_write, check_folder
 from faceless.recognizer import Recognizer, resize
 from faceless.settings import Settings, parse
 from mining.embedding_index import Ids
@@ -30,6 +31,7 @@ from mining.faces import Floats, digest
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
 MAX_PIXELS = 40_000_000
 SIDE = 150  # pixels of the crops
+BATCH = 32  # of them that are embedded together
 
 
 @dataclass
@@ -54,12 +56,7 @@ class Gallery:
     @classmethod
     def of(cls, images: Tensor, identities: Ids, recognizers: Mapping[str, Recognizer]) -> Gallery:
         """Embed pictures with recognizers, given by their digests."""
-        found = {}
-        for key, net in recognizers.items():
-            with torch.inference_mode():
-                device = net.scale.device
-                parts = [net.eval()(part.to(device)).embedding.float().cpu() for part in images.split(128)]
-            found[key] = torch.cat(parts).numpy()
+        found = _embedded(images.split(BATCH), recognizers)
         return cls(np.asarray(identities, np.int64), found, images)
 
     def save(self, path: str | Path) -> None:
@@ -109,6 +106,16 @@ class Gallery:
         return self.embeddings[key]
 
 
+def _embedded(parts: Iterable[Tensor], recognizers: Mapping[str, Recognizer]) -> dict[str, Floats]:
+    """Embeddings of pictures that come in parts, of which one is held at a time."""
+    found: dict[str, list[Tensor]] = {key: [] for key in recognizers}
+    with torch.inference_mode():
+        for images in parts:
+            for key, net in recognizers.items():
+                found[key].append(net.eval()(images.to(net.scale.device)).embedding.float().cpu())
+    return {key: torch.cat(rows).numpy() for key, rows in found.items()}
+
+
 def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True) -> tuple[Tensor, Ids]:
     """Crops ``[G, 3, 150, 150]`` uint8 and people ``[G]`` of ``folder/<person>/<image>``, in order of their names.
 
@@ -118,26 +125,32 @@ def read_people(folder: str | Path, framing: str = "dlib", aligned: bool = True)
     Raises:
         InputError: no folder of that form, an image that cannot be read, or one that is said to be a crop and is none.
     """
+    paths, people = _people(folder)
+    return torch.cat([_cut(path, framing, aligned) for path in paths]), people
+
+
+def _people(folder: str | Path) -> tuple[list[Path], Ids]:
+    """The images of ``folder/<person>/<image>``, and the number of the person on each."""
     paths = sorted(path for path in Path(folder).glob("*/*") if not path.name.startswith("."))
     if not paths:
         raise InputError(f"{folder}: needs one sub-folder of images for each person")
     people = sorted({path.parent for path in paths})
     number = {person: i for i, person in enumerate(people)}
-    crops = []
-    for path in paths:
-        image = _read(path)
-        if not aligned:
-            points = align.native_points(framing)
-            marks = align.detect(image, points=points, attempts=align.THOROUGH, whole_image=True)
-            crops.append(align.crop(image, marks.points, framing, SIDE))
-        elif image.shape[2] != image.shape[3]:
-            raise InputError(
-                f"{path}: {image.shape[3]} x {image.shape[2]} pixels are no aligned square crop; "
-                "use --aligned false to cut faces out of photographs"
-            )
-        else:
-            crops.append(resize(image.float(), SIDE, SIDE).round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(crops), np.array([number[path.parent] for path in paths])
+    return paths, np.array([number[path.parent] for path in paths])
+
+
+def _cut(path: Path, framing: str, aligned: bool) -> Tensor:
+    """The crop ``[1, 3, 150, 150]`` of a photograph, or what is one already."""
+    image = _read(path)
+    if not aligned:
+        marks = align.detect(image, points=align.native_points(framing), attempts=align.THOROUGH, whole_image=True)
+        return align.crop(image, marks.points, framing, SIDE)
+    if image.shape[2] != image.shape[3]:
+        raise InputError(
+            f"{path}: {image.shape[3]} x {image.shape[2]} pixels are no aligned square crop; "
+            "use --aligned false to cut faces out of photographs"
+        )
+    return resize(image.float(), SIDE, SIDE).round().clamp(0, 255).to(torch.uint8)
 
 
 def _read(path: Path) -> Tensor:
@@ -177,8 +190,9 @@ class Making:
             raise InputError("recognizers is empty; name at least one")
 
 
-def make(settings: Making) -> Gallery:
-    """Embed the pictures and write the gallery."""
+def make(settings: Making, progress: bool = True) -> Gallery:
+    """Embed the pictures, a few at a time, and write the gallery."""
+    check_folder(Path(settings.output).parent)
     networks = [faceless.load(source) for source in settings.recognizers]
     framings = {net.spec.framing for net in networks} if settings.framing is None else {str(settings.framing)}
     if len(framings) != 1:
@@ -187,8 +201,10 @@ def make(settings: Making) -> Gallery:
             "the corpus has them"
         )
     framing = framings.pop()
-    images, people = read_people(settings.faces, framing, settings.aligned)
-    gallery = Gallery.of(images, people, {digest(net): net for net in networks})
+    paths, people = _people(settings.faces)
+    starts = tqdm(range(0, len(paths), BATCH), desc="gallery", unit=f"{BATCH} faces", disable=not progress)
+    parts = (torch.cat([_cut(path, framing, settings.aligned) for path in paths[i : i + BATCH]]) for i in starts)
+    gallery = Gallery(people.astype(np.int64), _embedded(parts, {digest(net): net for net in networks}))
     gallery.framing = framing
     gallery.save(settings.output)
     return gallery

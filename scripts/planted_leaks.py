@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter
 
 import faceless
 from eval import benchmarks
+from faceless.errors import command
 from faceless.randomness import Rng
 from mining.audit import Audit, audit
 from mining.faces import Faces, digest
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from faceless import align
+from faceless.errors import command
 from faceless.randomness import Rng
 from synth.blocks import batches, draw, make_block
 from synth.corpus import Corpus, encode
@@ -178,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from faceless.errors import command
 from faceless.files import sha256
 from faceless.randomness import Rng
 from faceless.settings import ROOT
@@ -105,4 +106,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import yaml
 
 import faceless
 from distill.train import main
-from faceless.errors import command
+from faceless.errors import InputError, command
 from faceless.recognizer import resize
 from synth.corpus import Corpus
 from tests.distill.test_sources import folder
@@ -389,6 +390,35 @@ def test_afl_kd_on_pseudo_identities_with_cached_features(tmp_path: Path, teache
         newer.unlink()
     main(["--config", str(path)])
     assert student_bytes(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("student", lambda state: {name: rows.flatten()[:1] for name, rows in state.items()}),
+        ("average", lambda state: dict(list(state.items())[1:])),
+        ("objective", lambda state: {}),
+        ("optimizer", lambda state: {"state": {}, "param_groups": []}),
+        ("source", lambda state: {"another": torch.zeros(3)}),
+        ("source", lambda state: None),
+    ],
+    ids=["student", "average", "objective", "optimizer", "source", "none"],
+)
+def test_a_checkpoint_of_another_run_is_named_and_left_alone(
+    tmp_path: Path, teacher: Path, part: str, change: Callable[[Any], Any]
+) -> None:
+    path = recipe(tmp_path, teacher, steps=4, checkpoint_every=2)
+    main(["--config", str(path)])
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004.pt"
+    state = torch.load(newest, weights_only=True)
+    torch.save(state | {part: change(state[part])}, newest)
+    bytes_before = newest.read_bytes()
+    with pytest.raises(InputError, match=rf"step-00000004\.pt: its {part} does not fit this run \(.+\); put the right"):
+        main(["--config", str(path)])
+    assert newest.read_bytes() == bytes_before
+    newest.unlink()
+    main(["--config", str(path)])
+    assert newest.is_file()
 
 
 def mixed_recipe(folder_: Path, teacher: Path, **changes: Any) -> Path:

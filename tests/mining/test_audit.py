@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 import faceless
 from faceless.errors import InputError
+from faceless.recognizer import Output, Recognizer
+from mining import gallery as galleries
 from mining.audit import (
     Decision,
     agreement,
@@ -264,6 +266,28 @@ def test_a_photograph_is_not_taken_for_a_crop(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"photograph\.jpg: 60 x 80 pixels are no aligned square crop; use --aligned"):
         make_gallery([*given, "--output", str(tmp_path / "g.safetensors")])
     assert not (tmp_path / "g.safetensors").exists()
+
+
+def test_the_command_embeds_faces_as_the_class_does_and_holds_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, net = people_folder(tmp_path / "people", range(5)), network(tmp_path / "net", 0)
+    monkeypatch.setattr(galleries, "BATCH", 4)
+    seen: list[int] = []
+    forward = Recognizer.forward
+
+    def counting(self: Recognizer, images: torch.Tensor) -> Output:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Recognizer, "forward", counting)
+    make_gallery(["--faces", str(folder), "--recognizers", json.dumps([net]), "--output", str(tmp_path / "g")])
+    assert seen == [4, 4, 4, 3]
+    recognizer = faceless.load(net)
+    whole = Gallery.of(*galleries.read_people(folder), {"net": recognizer})
+    made = Gallery.load(tmp_path / "g")
+    assert made.identities.tolist() == whole.identities.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    np.testing.assert_allclose(made.embeddings[digest(recognizer)], whole.embeddings["net"], atol=1e-5)
 
 
 def test_a_gallery_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
