@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,10 +19,19 @@ import faceless
 from distill.train import main
 from tests.distill.test_ensembles import ensemble_recipe
 from tests.distill.test_prompts_run import prompted_recipe
-from tests.distill.test_regimes import mutual, snapshots
-from tests.distill.test_train import TINY, finished, kill_and_resume, launch, lines, recipe, student_bytes
+from tests.distill.test_regimes import PEER, mutual, snapshots
+from tests.distill.test_train import (
+    TINY,
+    corpus_recipe,
+    finished,
+    kill_and_resume,
+    launch,
+    lines,
+    recipe,
+    student_bytes,
+)
 
-REGIMES = ("ensemble", "snapshots", "mutual", "degrade", "chain", "prompts", "running")
+REGIMES = ("ensemble", "snapshots", "mutual", "deep_mutual", "degrade", "chain", "prompts", "running", "refo")
 SHORT: dict[str, Any] = {"steps": 5, "checkpoint_every": 2, "validation": {"faces": 8, "every": 5, "neighbors": 3}}
 
 
@@ -41,6 +51,27 @@ def running() -> dict[str, Any]:
     return {name: {"loss": loss} for name, loss in kinds.items()}
 
 
+def deep_mutual() -> dict[str, Any]:
+    """Two students that classify, and nobody else."""
+    deep = {"class_path": "distill.losses.mutual.DeepMutual", "init_args": {"embedding_dim": 16, "classes": 8}}
+    return {"peers": [PEER], "losses": {"deep": {"loss": deep}}, "center": False}
+
+
+def refo(start: Path) -> dict[str, Any]:
+    """A network that was trained before learns on, and a proxy holds it back with a weight that follows gradients."""
+    net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=5, **TINY)
+    faceless.save(net, start, {})
+    margin = {"class_path": "distill.losses.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 8}}
+    proxy = {"class_path": "distill.losses.embedding.FeatureL2", "init_args": {"form": "unit"}}
+    losses = {"arcface": {"loss": margin}, "proxy": {"loss": proxy}}
+    return {"student": {"start": str(start)}, "losses": losses, "adaptive": {"rule": "matched"}, "center": False}
+
+
+def change(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
+    return path
+
+
 def write(name: str, folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", **TINY)
@@ -56,9 +87,14 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
     if name == "ensemble":
         return ensemble_recipe(folder, **SHORT | changes)
     if name == "prompts":
-        path = prompted_recipe(folder)
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | SHORT | changes))
-        return path
+        return change(prompted_recipe(folder), SHORT | changes)
+    if name in ("deep_mutual", "refo"):
+        np.save(folder / "identities.npy", np.arange(64) % 8)
+        path = corpus_recipe(folder, folder / "teacher")
+        source = yaml.safe_load(path.read_text())["source"]
+        source["init_args"]["labels"] = str(folder / "identities.npy")
+        regime = deep_mutual() if name == "deep_mutual" else refo(folder / "start")
+        return change(path, {"source": source} | regime | SHORT | changes)
     return recipe(folder, folder / "teacher", **SHORT | kinds[name] | changes)
 
 
