@@ -22,7 +22,7 @@ from distill.settings import Run
 from distill.teachers import FrozenTeacher
 from eval import benchmarks, efficiency, report
 from eval.benchmarks import Benchmark, conditions, parse_people, under
-from eval.verify import verify
+from eval.verify import crop_size, verify
 from faceless import assets
 from faceless.errors import InputError
 from faceless.files import atomic_path, atomic_write
@@ -46,7 +46,8 @@ def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> B
             f"null, and afterwards eval/verify.py --model {Path(run.output, 'student')} --benchmark {source}"
         )
     with accelerator.main_process_first():
-        size = max(teacher.spec.height, teacher.spec.width)
+        # The pixels that eval/verify.py shows them, so that both say the same of a student.
+        size = max(crop_size(teacher), run.student.input_size)
         benchmark = benchmarks.load(source, framing=teacher.spec.framing, size=size)
     people = int(benchmark.identities.max()) + 1
     trained = trained_on(run, people)

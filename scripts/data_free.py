@@ -5,8 +5,8 @@
 makes a teacher with batch statistics (``distill/recipes/bn_teacher.yaml``) unless it is there; corpora of noise, of
 DeepInversion and of the DCGAN; trains one student from each of them, one with DAFL and one with FastDFKD, which make
 their faces on the way; and writes into the output folder ``data_free.md`` (AT&T people 21 to 40, seconds per 1,000
-faces) and ``sheets/``, a contact sheet of each. A command that was stopped, however rudely, goes on when it is given
-again; what is finished is kept.
+faces), ``sheets/``, a contact sheet of each, and the first lines of these in ``data_free.png``. A command that was
+stopped, however rudely, goes on when it is given again; what is finished is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -223,6 +223,19 @@ def sheet(run: Path, path: Path, tile: int = 96) -> None:
         made.save(temporary, "PNG")
 
 
+def overview(sheets: Path, path: Path, left: int = 112) -> None:
+    """The first line of each contact sheet, with its name."""
+    lines = [Image.open(sheets / f"{kind}.png") for kind in NAMES]
+    width, tile = lines[0].width, lines[0].width // 8
+    made = Image.new("RGB", (left + width, tile * len(lines)), "white")
+    draw = ImageDraw.Draw(made)
+    for row, (kind, line) in enumerate(zip(NAMES, lines, strict=True)):
+        made.paste(line.crop((0, 0, width, tile)), (left, row * tile))
+        draw.text((8, (row + 0.5) * tile), NAMES[kind].split(" (")[0], fill="black", anchor="lm", font_size=13)
+    with atomic_path(path) as temporary:
+        made.save(temporary, "PNG")
+
+
 def table(given: argparse.Namespace, made: ablate.Grid) -> str:
     """Markdown: a line for each kind of faces, and for teacher and untrained student."""
     measures = [name for name, (_, rate) in ablate.MEASURES.items() if rate]
@@ -263,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"{len(failed)} runs failed ({kind}): give the same command again once that is mended")
     for kind in NAMES:
         sheet(ablate.folder(made, (kind,), 0), Path(given.output, "sheets", f"{kind}.png"))
+    overview(Path(given.output, "sheets"), Path(given.output, "data_free.png"))
     text = table(given, made)
     atomic_write(Path(given.output, "data_free.md"), text)
     print(f"\n{text}\n{Path(given.output, 'data_free.md')}")

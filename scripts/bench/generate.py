@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,14 +25,16 @@ import torch
 from torch import Tensor
 
 from faceless import align
-from faceless.errors import command
+from faceless.errors import InputError, command
 from faceless.randomness import Rng
+from faceless.settings import ROOT
 from synth.blocks import batches, draw, make_block
 from synth.corpus import Corpus, encode
-from synth.generate import generate, read_settings, workers
+from synth.generate import read_settings, workers
 from synth.settings import Generation
 
-WINDOW = 10.0  # seconds in which a floor is measured
+WINDOW = 4.0  # seconds in which a floor is measured
+SLICE = 15.0  # seconds that a corpus is written for in between
 
 
 def per_candidate(work: Callable[[], object], candidates: int, repeats: int) -> float:
@@ -110,50 +117,82 @@ def bare(pickled: bytes, detect: bool, number: int) -> float:
     return done / passed
 
 
-def floors(made: Generation, processes: int) -> tuple[float, float]:
+def floors(pool: ProcessPoolExecutor, made: Generation, processes: int) -> tuple[float, float]:
     """Candidates per second of the bare generator and of the bare detector on everything that the machine has."""
     pickled = pickle.dumps(made)
-    shared = made.device != "cpu"
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        generators = 1 if shared else processes
-        generator = sum(pool.map(bare, [pickled] * generators, [False] * generators, range(generators)))
-        detector = sum(pool.map(bare, [pickled] * processes, [True] * processes, range(processes)))
+    generators = 1 if made.device != "cpu" else processes
+    generator = sum(pool.map(bare, [pickled] * generators, [False] * generators, range(generators)))
+    detector = sum(pool.map(bare, [pickled] * processes, [True] * processes, range(processes)))
     return generator, detector
+
+
+def in_turn(
+    pool: ProcessPoolExecutor, made: Generation, processes: int, arguments: list[str]
+) -> tuple[float, float, float]:
+    """Candidates per second of a corpus being written, of the bare generator and of the bare detector.
+
+    A machine's speed drifts with its neighbors: the command is stopped every now and then, the floors are measured, and
+    it goes on. Neither its start nor its last blocks count.
+    """
+    target = Path(arguments[arguments.index("--output") + 1])
+    command = [sys.executable, str(ROOT / "synth" / "generate.py"), *arguments]
+    written = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def blocks() -> int:
+        return len(list(target.glob(".blocks/[0-9]*.json")))
+
+    def wait(seconds: float, least: int = 0) -> bool:
+        """Whether the command is still at work after that time, with so many blocks done."""
+        stop = time.perf_counter() + seconds
+        while written.poll() is None and (time.perf_counter() < stop or blocks() < least):
+            time.sleep(0.02)
+        return written.poll() is None
+
+    measured, spent, done = [], 0.0, 0
+    try:
+        wait(0, 2 * processes)
+        while True:
+            before, begin = blocks(), time.perf_counter()
+            if not wait(SLICE):
+                break
+            done, spent = done + blocks() - before, spent + time.perf_counter() - begin
+            os.killpg(written.pid, signal.SIGSTOP)
+            try:
+                measured.append(floors(pool, made, processes))
+            finally:
+                os.killpg(written.pid, signal.SIGCONT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(written.pid, signal.SIGKILL)
+    if written.wait() or not measured:
+        raise InputError(f"{' '.join(command)}: failed, or ended within {SLICE:.0f} seconds; take more --corpus")
+    generator, detector = (sum(rates) / len(rates) for rates in zip(*measured))
+    return done * made.block / spent, generator, detector
 
 
 def corpora(config: str, count: int) -> None:
     """Write whole corpora, with alignment and without, beside what is the least that they could cost."""
     made = read_settings(["--config", config]).build()
     processes = workers(made)
-    for name, options in (("whole faces", ["--align", "null"]), ("aligned", [])):
-        before = floors(made, processes)
-        with TemporaryDirectory() as folder:
-            target = str(Path(folder) / "corpus")
-            arguments = ["--config", config, *options, "--output", target]
-            begin = time.perf_counter()
-            generate(read_settings([*arguments, "--count", str(count // 10)]), progress=False)
-            small = time.perf_counter() - begin
-            target += "-large"
-            begin = time.perf_counter()
-            corpus = generate(read_settings([*arguments[:-1], target, "--count", str(count)]), progress=False)
-            seconds = time.perf_counter() - begin
-            candidates = corpus.manifest["counts"]["candidates"]
-            # Starting the workers is paid once: the difference of two corpora does not hold it.
-            rate = 0.9 * candidates / (seconds - small)
-            # A machine's speed drifts with its neighbors: the floor is what it was before and afterwards.
-            generator, detector = (sum(pair) / 2 for pair in zip(before, floors(made, processes)))
-            print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
-            # Apart, the slower of the two sets the pace; on the same cores, both take their time.
-            both = min(generator, detector) if made.device != "cpu" else 1 / (1 / generator + 1 / detector)
-            floor = generator if options or not made.align else both
-            print(
-                f"{name}: {count / seconds:.0f} faces/s, {rate:.0f} candidates/s without the start of the workers; "
-                f"{rate / floor:.0%} of the floor"
-            )
-            rows = torch.randperm(len(corpus))[:512]
-            begin = time.process_time()
-            Corpus(target).images(rows)
-            print(f"random read: {(time.process_time() - begin) / len(rows) * 1e3:.3f} ms a face on one core")
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for name, options in (("whole faces", ["--align", "null"]), ("aligned", [])):
+            with TemporaryDirectory() as folder:
+                arguments = ["--config", config, *options, "--output", f"{folder}/corpus", "--count", str(count)]
+                rate, generator, detector = in_turn(pool, made, processes, arguments)
+                corpus = Corpus(f"{folder}/corpus")
+                accepted = corpus.manifest["rows"] / corpus.manifest["counts"]["candidates"]
+                print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
+                # Apart, the slower of the two sets the pace; on the same cores, both take their time.
+                both = min(generator, detector) if made.device != "cpu" else 1 / (1 / generator + 1 / detector)
+                floor = generator if options or not made.align else both
+                print(
+                    f"{name}: {rate:.0f} candidates/s, {rate * accepted:.0f} faces/s written; {rate / floor:.0%} of "
+                    "the floor"
+                )
+                rows = torch.randperm(len(corpus))[:512]
+                begin = time.process_time()
+                corpus.images(rows)
+                print(f"random read: {(time.process_time() - begin) / len(rows) * 1e3:.3f} ms a face on one core")
 
 
 def main() -> None:

@@ -40,12 +40,12 @@ def online(rank: int = 0, processes: int = 1, rule: SynthDistillRule | None = No
     return source
 
 
-def folder(path: Path, people: int = 3, images: int = 5) -> Path:
+def folder(path: Path, people: int = 3, images: int = 5, side: int = 32) -> Path:
     numbers = np.random.default_rng(0)
     for person in range(people):
         (path / f"p{person}").mkdir(parents=True)
         for image in range(images):
-            pixels = numbers.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            pixels = numbers.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path / f"p{person}" / f"{image}.png")
     return path
 

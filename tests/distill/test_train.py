@@ -21,6 +21,7 @@ import yaml
 
 import faceless
 from distill.train import main
+from eval.verify import benchmark_for, verify
 from faceless.errors import InputError, command
 from faceless.recognizer import resize
 from synth.corpus import Corpus
@@ -390,6 +391,19 @@ def test_afl_kd_on_pseudo_identities_with_cached_features(tmp_path: Path, teache
         newer.unlink()
     main(["--config", str(path)])
     assert student_bytes(tmp_path / "run") == whole
+
+
+def test_a_run_says_of_its_student_what_the_command_says(tmp_path: Path, teacher: Path) -> None:
+    """The teacher sees 32 pixels, the faces have 64: nobody may cut these down for everybody."""
+    faces = folder(tmp_path / "faces", people=5, images=4, side=64)
+    path = recipe(tmp_path, teacher, steps=2, verification={"benchmark": str(faces), "bootstrap": 0})
+    main(["--config", str(path)])
+    rows = json.loads((tmp_path / "run" / "verification.json").read_text())["subsets"]["all"]
+    student = faceless.load(tmp_path / "run" / "student")
+    found = verify(student, benchmark_for(student, faces), bootstrap=0).summary()
+    assert rows[1]["label"] == "student"
+    for key in ("auc", "eer", "thresholds"):
+        assert rows[1][key] == pytest.approx(found[key], abs=1e-6)
 
 
 @pytest.mark.parametrize(

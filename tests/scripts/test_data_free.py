@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import faceless
 from distill.settings import Run
@@ -79,6 +80,7 @@ def test_the_whole_comparison_at_a_thousandth(tmp_path: Path, capfd: pytest.Capt
         text = (output / "data_free.md").read_text()
         assert all(f"| {name} |" in text for name in (*data_free.NAMES.values(), "teacher", "untrained student"))
         assert sorted(path.stem for path in (output / "sheets").iterdir()) == sorted(data_free.NAMES)
+        assert Image.open(output / "data_free.png").size == (112 + 8 * 96, 96 * len(data_free.NAMES))
         (output / "fast" / "seed-0" / "report.html").unlink()
         capfd.readouterr()
         data_free.main(given)  # goes on where it was
