@@ -176,6 +176,35 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         EmbeddingIndex.load(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("effort", [1, 3, 1000])
+@pytest.mark.parametrize("together", [7, 400, 10_000])
+def test_all_rows_at_once_find_what_faiss_finds_for_each(
+    monkeypatch: pytest.MonkeyPatch, effort: int, together: int
+) -> None:
+    """Most rows lie in one list, some lists are empty, and what is in memory at a time is bounded."""
+    monkeypatch.setattr("mining.embedding_index.CHUNK", together)
+    monkeypatch.setattr("mining.embedding_index.TOGETHER", together)
+    monkeypatch.setattr("mining.embedding_index.PRODUCTS", 900)
+    heap = 5 + 0.1 * np.random.default_rng(1).standard_normal((900, 16), np.float32)
+    rows = np.concatenate((clustered(600), heap))
+    index = EmbeddingIndex(16, kind="ivf", size=len(rows))
+    index.train(rows[::2])
+    index.add(rows[:1450])  # fewer than it was made for
+    index.effort = effort
+    rows = rows[:1450]
+    scores, ids = index._search_together(rows, 9)
+    expected, by_faiss = index.search(rows, 9)
+    np.testing.assert_allclose(scores, expected, atol=2e-6)
+    far = (np.diff(expected, axis=1) < -1e-5).all(1) & np.isfinite(expected).all(1)  # of equals either comes first
+    assert far.sum() > 100
+    # What comes last may have an equal that is not shown.
+    assert np.array_equal(ids[far, :-1], by_faiss[far, :-1])
+    assert np.array_equal(ids < 0, by_faiss < 0)
+    if effort == 1000:
+        flat = EmbeddingIndex.of(rows, kind="flat").neighbors(rows, 8)
+        np.testing.assert_allclose(index.neighbors(rows, 8)[0], flat[0], atol=2e-6)
+
+
 def test_rows_far_from_all_others_have_neighbors_too() -> None:
     """A row in a small list of its own finds nobody there; the search then goes on."""
     rows = np.concatenate((clustered(1500, clusters=3), 9 * np.eye(16, dtype=np.float32), -9 * np.eye(16)[:4]))
