@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,7 +43,7 @@ from synth.corpus import (
     write_manifest,
 )
 from synth.datasheet import contact_sheet, datasheet
-from synth.near import judges
+from synth.near import judges, unpack
 from synth.settings import Generation
 
 # What no byte of the corpus depends on.
@@ -170,6 +171,13 @@ class Run:
         elif self.rank == 0:
             if self.folder.is_dir() and any(p.name not in (".blocks", "settings.yaml") for p in self.folder.iterdir()):
                 raise InputError(f"{self.folder}: is not empty and holds no corpus; choose another output")
+            try:
+                unpack(self.made, self.blocks.folder)
+            except InputError:  # what cannot be begun claims no folder
+                shutil.rmtree(self.blocks.folder, ignore_errors=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
+                raise
             atomic_write(self.folder / "settings.yaml", settings)
             atomic_write(claim, json.dumps(mine))
         while not claim.is_file() and not (self.folder / "manifest.json").is_file():
