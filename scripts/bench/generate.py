@@ -135,8 +135,8 @@ def in_turn(
     it goes on. Neither its start nor its last blocks count.
     """
     target = Path(arguments[arguments.index("--output") + 1])
-    command = [sys.executable, str(ROOT / "synth" / "generate.py"), *arguments]
-    written = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launch = [sys.executable, str(ROOT / "synth" / "generate.py"), *arguments]
+    written = subprocess.Popen(launch, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def blocks() -> int:
         return len(list(target.glob(".blocks/[0-9]*.json")))
@@ -165,7 +165,7 @@ def in_turn(
         with suppress(ProcessLookupError):
             os.killpg(written.pid, signal.SIGKILL)
     if written.wait() or not measured:
-        raise InputError(f"{' '.join(command)}: failed, or ended within {SLICE:.0f} seconds; take more --corpus")
+        raise InputError(f"{' '.join(launch)}: failed, or ended within {SLICE:.0f} seconds; take more --corpus")
     generator, detector = (sum(rates) / len(rates) for rates in zip(*measured))
     return done * made.block / spent, generator, detector
 
