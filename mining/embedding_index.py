@@ -21,6 +21,7 @@ CHUNK = 16_384  # rows handled at a time; fixed, because the last bits of a scor
 TOGETHER = 1 << 17  # rows that are looked up together, list by list,
 LOOKUPS = 1 << 24  # unless each of them looks into so many lists that this is more
 PRODUCTS = 1 << 24  # cosines that are in memory at a time then
+TUNED = 1024  # rows whose neighbors an approximate index is tuned on
 MIN_PER_LIST = 39  # FAISS's own least number of training rows for each list
 
 
@@ -97,7 +98,7 @@ class EmbeddingIndex:
         """The index of ``rows [N, D]`` (a memory-mapped array will do), trained, filled and tuned.
 
         Args:
-            recall: of the ``k`` nearest that an approximate index is tuned to, on 256 of the rows; see `tune`.
+            recall: of the ``k`` nearest that an approximate index is tuned to, on 1024 of the rows; see `tune`.
             seed: of the rows that it is trained and tuned on.
         """
         index = cls(rows.shape[1], metric=metric, kind=kind, size=len(rows), gpu=gpu)
@@ -108,7 +109,8 @@ class EmbeddingIndex:
         for first in range(0, len(rows), CHUNK):
             index.add(rows[first : first + CHUNK])
         if order is not None and len(rows):
-            asked = np.sort(order[:256])
+            # Lists fit the rows that they were found from better than others: those are not asked.
+            asked = np.sort(order[-TUNED:])
             # Distances by way of products lose the last digits; cosines do not.
             index.tune(rows[asked], recall, k, own=asked, among=rows if metric == "cosine" else None)
         return index
