@@ -208,15 +208,15 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
 
     checkpoints = Checkpoints(output / "checkpoints", run.keep_checkpoints)
     step = 0
+    stateful: dict[str, Any] = {
+        "student": student,
+        "average": average,
+        "objective": objective,
+        "optimizer": optimizer,
+        "source": run.source,
+    }
     if (saved := checkpoints.latest()) is not None:
         step = saved["step"]
-        stateful: dict[str, Any] = {
-            "student": student,
-            "average": average,
-            "objective": objective,
-            "optimizer": optimizer,
-            "source": run.source,
-        }
         for name, part in stateful.items():
             with checkpoints.fitting(step, name):
                 part.load_state_dict(saved[name])
@@ -247,17 +247,8 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     def save() -> None:
         stop_if_broken(broken, checkpoints, accelerator)
         if main_process:
-            checkpoints.save(
-                step,
-                {
-                    "student": accelerator.unwrap_model(student).state_dict(),
-                    "average": average.state_dict(),
-                    "objective": bare_objective.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "source": run.source.state_dict(),
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-                },
-            )
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            checkpoints.save(step, state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}})
 
     framing = teacher_net.spec.framing
     trained.train()

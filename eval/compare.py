@@ -235,7 +235,7 @@ def measure(
         InputError: a benchmark cannot be used, or has no people who could be chosen or grouped.
     """
     made = Comparison(list(models))
-    where = chosen_device(device)
+    where = chosen_device(device, "--device")
     unlisted = 0
     for source in sources:
         name = ""

@@ -213,7 +213,7 @@ def parser() -> ArgumentParser:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     options = settings.options(parser(), arguments)
-    device = chosen_device(options.device)
+    device = chosen_device(options.device, "--device")
     recognizer = faceless.load(options.model).to(device)
     framing = recognizer.spec.framing
     (other,) = set(NATIVE_SIZE) - {framing}

@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = settings.options(parser(), arguments)
     if min(options.batches) < 1 or options.runs < 1 or options.warmup < 0 or (options.threads or 1) < 1:
         raise InputError("--batches, --runs and --threads are 1 or more, --warmup 0 or more")
-    device = chosen_device(options.device)
+    device = chosen_device(options.device, "--device")
     costs = {
         source: measure(
             faceless.load(source).to(device),

@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = settings.options(parser(), arguments)
     if not 0 <= options.bootstrap <= 1_000_000:
         raise InputError(f"--bootstrap {options.bootstrap}: use 0 (no intervals) to 1000000 replicates")
-    device = chosen_device(options.device)
+    device = chosen_device(options.device, "--device")
     for folder in (options.figures, options.json and Path(options.json).parent):
         if folder:
             check_folder(folder)

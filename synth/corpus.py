@@ -243,19 +243,15 @@ class Corpus:
 
     def repair_hint(self) -> str:
         if "removed_by_audit" in self.manifest:
-            return REMOVED
+            return f"{self.folder}: {REMOVED}"
         settings = self.folder / "settings.yaml"
         return f"python synth/generate.py --config {settings} --output {self.folder} --repair true writes it again"
 
     def _size_problem(self, shard: dict[str, Any]) -> str | None:
         path = self.folder / shard["name"]
-        if not path.is_file():
-            return "the shard is missing"
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if path.is_file() and not path.resolve().is_relative_to(self.folder.resolve()):
             return "the shard is a link out of the corpus"
-        if (size := path.stat().st_size) != shard["bytes"]:
-            return f"the shard has {size} bytes, the manifest says {shard['bytes']}"
-        return None
+        return size_problem(self.folder, shard)
 
     def damaged(self) -> dict[int, str]:
         """Number of each shard that is not what the manifest says, and why. Reads everything."""
@@ -413,22 +409,22 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-def has_its_size(folder: Path, shard: dict[str, Any]) -> bool:
-    """Whether a shard is there, with as many bytes as the manifest says."""
+def size_problem(folder: Path, shard: dict[str, Any]) -> str | None:
+    """None where a shard is there, with as many bytes as the manifest says."""
     path = folder / shard["name"]
-    return path.is_file() and path.stat().st_size == shard["bytes"]
+    if not path.is_file():
+        return "the shard is missing"
+    size = path.stat().st_size
+    return None if size == shard["bytes"] else f"the shard has {size} bytes, the manifest says {shard['bytes']}"
 
 
 def damaged_shards(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Number of each shard that is missing, cut or changed, and which of it."""
     problems = {}
     for number, shard in enumerate(shards):
-        path = folder / shard["name"]
-        if not has_its_size(folder, shard):
-            problems[number] = (
-                f"{path.stat().st_size} bytes instead of {shard['bytes']}" if path.is_file() else "missing"
-            )
-        elif sha256(path) != shard["sha256"]:
+        if problem := size_problem(folder, shard):
+            problems[number] = problem
+        elif sha256(folder / shard["name"]) != shard["sha256"]:
             problems[number] = "its SHA-256 is not the manifest's"
     return problems
 

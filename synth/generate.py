@@ -38,8 +38,8 @@ from synth.corpus import (
     Corpus,
     CorpusWriter,
     damaged_shards,
-    has_its_size,
     read_manifest,
+    size_problem,
     write_manifest,
 )
 from synth.datasheet import contact_sheet, datasheet
@@ -81,7 +81,7 @@ def generate(settings: Settings[Generation], progress: bool = True, *, rank: int
             raise InputError(f"{folder}: holds a corpus of other generator weights; choose another output")
         if made.repair and rank == 0:
             repair(made, existing, progress)
-        while made.repair and not all(has_its_size(folder, shard) for shard in existing["shards"]):
+        while made.repair and any(size_problem(folder, shard) for shard in existing["shards"]):
             time.sleep(0.05)  # until rank 0 has put them there
         return Corpus(folder)
     if made.repair:

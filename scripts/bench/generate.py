@@ -127,15 +127,14 @@ def floors(pool: ProcessPoolExecutor, made: Generation, processes: int) -> tuple
 
 
 def in_turn(
-    pool: ProcessPoolExecutor, made: Generation, processes: int, arguments: list[str]
+    pool: ProcessPoolExecutor, made: Generation, processes: int, target: Path, arguments: list[str]
 ) -> tuple[float, float, float]:
     """Candidates per second of a corpus being written, of the bare generator and of the bare detector.
 
     A machine's speed drifts with its neighbors: the command is stopped every now and then, the floors are measured, and
     it goes on. Neither its start nor its last blocks count.
     """
-    target = Path(arguments[arguments.index("--output") + 1])
-    launch = [sys.executable, str(ROOT / "synth" / "generate.py"), *arguments]
+    launch = [sys.executable, str(ROOT / "synth" / "generate.py"), *arguments, "--output", str(target)]
     written = subprocess.Popen(launch, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def blocks() -> int:
@@ -177,9 +176,10 @@ def corpora(config: str, count: int) -> None:
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for name, options in (("whole faces", ["--align", "null"]), ("aligned", [])):
             with TemporaryDirectory() as folder:
-                arguments = ["--config", config, *options, "--output", f"{folder}/corpus", "--count", str(count)]
-                rate, generator, detector = in_turn(pool, made, processes, arguments)
-                corpus = Corpus(f"{folder}/corpus")
+                target = Path(folder, "corpus")
+                arguments = ["--config", config, *options, "--count", str(count)]
+                rate, generator, detector = in_turn(pool, made, processes, target, arguments)
+                corpus = Corpus(target)
                 accepted = corpus.manifest["rows"] / corpus.manifest["counts"]["candidates"]
                 print(f"bare on {processes} processes: generator {generator:.0f}, detector {detector:.0f} candidates/s")
                 # Apart, the slower of the two sets the pace; on the same cores, both take their time.
