@@ -8,6 +8,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from faceless.errors import InputError
 from faceless.files import atomic_path
@@ -197,10 +198,13 @@ class EmbeddingIndex:
         together = everything and self.metric == "cosine" and self._searcher() is self.index
         order: Ids = self._by_list() - first if everything else np.arange(len(rows))
         step = max(CHUNK, min(TOGETHER, LOOKUPS // self.effort)) if together else CHUNK
-        for begin in range(0, len(rows), step):
-            part = order[begin : begin + step]
-            found = (self._search_together if together else self.search)(rows[part], k + 1)
-            scores[part], ids[part] = _without(*found, part + first)
+        # Small corpora are done before a bar is worth a look.
+        with tqdm(total=len(rows), desc="neighbors", unit="face", delay=10, leave=False) as bar:
+            for begin in range(0, len(rows), step):
+                part = order[begin : begin + step]
+                found = (self._search_together if together else self.search)(rows[part], k + 1)
+                scores[part], ids[part] = _without(*found, part + first)
+                bar.update(len(part))
         # Rows far from all others share their lists with too few: there the search goes on into more lists.
         effort = self.effort
         while (
