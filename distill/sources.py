@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -393,6 +394,11 @@ class CorpusSource(Rows):
                     f"{self.label_file}: {len(labels)} labels, and {self.path} has {len(self.corpus)} faces; "
                     "labels of another corpus, or of this one before some of its faces were removed, fit nobody here"
                 )
+            if labeled_faces(Path(self.label_file)) not in (None, self.corpus.fingerprint):
+                raise InputError(
+                    f"{self.label_file}: labels of other faces than {self.path} has now; make them again with "
+                    "mining/identities.py"
+                )
             self.labels = labels[: self.total()]
         elif "identity" in self.corpus.columns:
             self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)[: self.total()]
@@ -434,6 +440,18 @@ def read_labels(path: Path) -> Tensor:
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
         raise InputError(f"{path}: labels are one whole number for each face, these are {found.dtype} {found.shape}")
     return torch.from_numpy(found.astype(np.int64))
+
+
+def labeled_faces(path: Path) -> str | None:
+    """Fingerprint of the faces of which labels are, where `mining/identities.py` noted it beside them."""
+    note = path.with_name("identities.json")
+    if path.name != "identities.npy" or not note.is_file():
+        return None
+    try:
+        found = json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{note}: damaged ({error}); run mining/identities.py again") from error
+    return found.get("fingerprint") if isinstance(found, dict) else None
 
 
 def read_landmarks(path: Path, faces: int) -> Tensor:

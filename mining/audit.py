@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -34,12 +35,15 @@ from mining.disagreement import Threshold, above_all_but
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
 from mining.faces import Faces, check_framing, digest, embeddings, unit
 from mining.gallery import Gallery, read_people
-from mining.identities import cluster
+from mining.identities import SEEDS, cluster
 
 HASH = 64  # bits of a perceptual hash
 CALIBRATION = 10_000  # faces of the reference whose pairs calibrate the thresholds
 LISTED = 16  # nearest faces among which duplicates are looked for first
 PAIRS = 1 << 22  # of a crowd of duplicates that are in memory together
+ALIKE = 0.9995  # cosine of embeddings as emitted that two pictures have only if they are one picture
+PERMUTATIONS = 10_000  # of people between the galleries
+AUDIT_SECTION = re.compile(r"\n## Audit\n.*?(?=\n## |\Z)", re.DOTALL)
 ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
 
@@ -52,13 +56,14 @@ class Audit:
         recognizers: the teacher, then at least one other that judges leakage with it.
         reference: the people who must not be in the corpus, such as those the generator was trained on: a file of
             `mining/gallery.py`, or a folder with one sub-folder of images for each person; null leaves leakage out.
-        null: as many faces of people whom the generator never saw, in the same form: what chance alone finds.
+        null: at least as many people whom the generator never saw, with as many faces, in the same form: what chance
+            alone finds.
         aligned: whether folders of images hold crops already.
         output: folder of the results.
         fmrs: false match rates of the thresholds, calibrated on pairs of different people in the reference.
         verdict_fmr: the one that the verdict is spoken at.
         duplicate_cosine, duplicate_bits: near-duplicates have a (centered) cosine of the first recognizer of at least
-            so much and perceptual hashes that differ in at most so many of 64 bits.
+            so much and perceptual hashes that differ in at most so many of 64 bits; identical files always are.
         sample: faces of the Vendi score, which can only be compared between samples of one size.
         cells: clusters over which balance is measured.
         neighbors: k of coverage.
@@ -106,6 +111,12 @@ class Audit:
             raise InputError("fmrs needs rates between 0 and 1")
         if self.reference is not None and self.verdict_fmr not in self.fmrs:
             raise InputError(f"verdict_fmr {self.verdict_fmr} is not among fmrs")
+        if not -1 <= self.duplicate_cosine <= 1:
+            raise InputError(f"duplicate_cosine is {self.duplicate_cosine}; it must be within -1..1")
+        if not 0 <= self.duplicate_bits <= HASH:
+            raise InputError(f"duplicate_bits is {self.duplicate_bits}; it must be within 0..{HASH}")
+        if self.seed not in SEEDS:
+            raise InputError(f"seed is {self.seed}; it must be within 0..{SEEDS[-1]}")
 
 
 def perceptual_hashes(images: Tensor) -> np.ndarray:
@@ -145,33 +156,50 @@ def groups(count: int, first: Ids, second: Ids) -> Ids:
             root = root[root]
 
 
-def near_duplicates(faces: Faces, rows: Floats, cosine: float, bits: int) -> tuple[Ids, Ids]:
+def near_duplicates(faces: Faces, rows: Floats, raw: Floats, cosine: float, bits: int) -> tuple[Ids, Ids]:
     """Group ``[N]`` of each face (`groups`), and which face of its group stays ``[N]``.
 
     Of a group stays the face of the highest detector score, or else the first.
+
+    Args:
+        rows: centered embeddings ``[N, D]``, in which near-duplicates are at least as near as ``cosine``.
+        raw: unit embeddings not centered. Where nearly all faces are one, nothing but noise is left when their mean is
+            taken away, so that faces also count that are `ALIKE` here.
+        bits: in which the perceptual hashes of either may differ; identical files need not be compared.
     """
-    index, everybody = EmbeddingIndex.of(rows), np.arange(len(rows))
-    cosines, ids = index.neighbors(rows, LISTED)
-    above = cosines >= cosine
-    first, second = np.repeat(everybody, above.sum(1)), ids[above]
-    involved = np.unique(np.concatenate((first, second)))
-    hashes = np.zeros(len(rows), np.uint64)
-    for start in range(0, len(involved), 1024):
-        part = involved[start : start + 1024]
-        hashes[part] = perceptual_hashes(faces.images(part.tolist()))
+    everybody = np.arange(len(rows))
+    files = np.empty(len(rows), "V16")
+    for start in range(0, len(rows), 1024):
+        part = range(start, min(start + 1024, len(rows)))
+        files[start : part.stop] = [hashlib.blake2b(data, digest_size=16).digest() for data in faces.encoded(part)]
+    _, first_of, number = np.unique(files, return_index=True, return_inverse=True)
+    group = groups(len(rows), first_of[number], everybody)
+    hashes, hashed = np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool)
 
     def joined(group: Ids, first: Ids, second: Ids) -> Ids:
+        missing = np.unique(np.concatenate((first, second)))
+        missing = missing[~hashed[missing]]
+        for start in range(0, len(missing), 1024):
+            part = missing[start : start + 1024]
+            hashes[part] = perceptual_hashes(faces.images(part.tolist()))
+        hashed[missing] = True
         alike = differing_bits(hashes[first], hashes[second]) <= bits
         return groups(len(rows), np.concatenate((first[alike], everybody)), np.concatenate((second[alike], group)))
 
-    group = joined(everybody, first, second)
-    # Whose list is full may have more: a generator that collapsed has crowds, of which memory holds a part at a time.
-    crowded = np.flatnonzero(above.all(1)) if above.shape[1] < len(rows) - 1 else everybody[:0]
-    step = max(1, min(64, PAIRS // max(1, len(crowded))))
-    for start in range(0, len(crowded), step):
-        part = crowded[start : start + step]
-        limits, _, second = index.within(rows[part], cosine)
-        group = joined(group, np.repeat(part, np.diff(limits)), second)
+    for points, least in ((rows, cosine), (raw, ALIKE)):
+        index = EmbeddingIndex.of(points)
+        cosines, ids = index.neighbors(points, LISTED)
+        above = cosines >= least
+        group = joined(group, np.repeat(everybody, above.sum(1)), ids[above])
+        # Whose list is full may have more: a generator that collapsed has crowds, of which memory holds a part.
+        crowded = np.flatnonzero(above.all(1)) if above.shape[1] < len(rows) - 1 else everybody[:0]
+        # Identical files find the same: one of them asks.
+        crowded = crowded[first_of[number[crowded]] == crowded]
+        step = max(1, min(64, PAIRS // max(1, len(rows))))
+        for start in range(0, len(crowded), step):
+            part = crowded[start : start + step]
+            limits, _, second = index.within(points[part], least)
+            group = joined(group, np.repeat(part, np.diff(limits)), second)
     quality = faces.column("score") if "score" in faces.columns else np.zeros(len(rows))
     order = np.lexsort((np.arange(len(rows)), -quality, group))
     stays = np.empty(len(rows), np.int64)
@@ -297,21 +325,116 @@ def decide(rows: Floats, gallery: Floats, people: Ids, threshold: Threshold) -> 
     return Decision(cosines, nearest, people[nearest], cosines >= threshold.value, margins)
 
 
-def excess(hits: np.ndarray, null_hits: np.ndarray) -> dict[str, Any]:
+def like(reference: Ids, null: Ids, seed: int = 0) -> Ids:
+    """Rows of a null gallery that stand against a reference: as many people, each with as many faces as one of those.
+
+    Chance finds more, the more people there are and the more faces each has. Who stands for whom is drawn at random.
+
+    Args:
+        reference, null: the person on each face.
+
+    Raises:
+        InputError: there are fewer people, or they have too few faces.
+    """
+    wanted = np.sort(np.unique(reference, return_counts=True)[1])[::-1]
+    sizes = np.unique(null, return_counts=True)[1]
+    if len(sizes) < len(wanted):
+        raise InputError(
+            f"null: has {len(sizes)} people and the reference {len(wanted)}; chance hits grow with a gallery, so it "
+            "needs at least as many"
+        )
+    by_person = np.split(np.argsort(null, kind="stable"), np.cumsum(sizes)[:-1])
+    order = permutation(seed, "null gallery", len(sizes)).numpy()
+    left, rows = sizes[order].copy(), []
+    for count in wanted:
+        enough = left >= count
+        place = int(enough.argmax() if enough.any() else left.argmax())
+        rows.append(by_person[order[place]][:count])
+        left[place] = -1
+    found = np.sort(np.concatenate(rows))
+    if len(found) < 0.9 * len(reference):
+        raise InputError(
+            f"null: its people have {len(found)} faces that can stand against the reference's {len(reference)}; chance "
+            "hits grow with a gallery, so they need as many faces each"
+        )
+    return found
+
+
+def check_strangers(reference: Gallery, null: Gallery, names: dict[str, str]) -> None:
+    """Compare the galleries with each other: pictures that are in both would hide every leak.
+
+    Raises:
+        InputError: some are.
+    """
+    nearest, same = np.zeros(len(null), np.int64), np.ones(len(null), bool)
+    for number, (key, name) in enumerate(names.items()):
+        real, others = unit(reference.seen_by(key, name)), unit(null.seen_by(key, name))
+        if number == 0:
+            nearest = EmbeddingIndex.of(real, kind="flat").search(others, 1)[1][:, 0]
+        same &= np.einsum("nd,nd->n", others, real[nearest]) >= ALIKE
+    if same.any():
+        raise InputError(
+            f"null: {same.sum():,} of its {len(null):,} faces are in the reference as well; it is to hold people whom "
+            "the generator never saw"
+        )
+
+
+def per_person(people: Ids, matched: Ids, group: Ids) -> Ids:
+    """``[P]``: how many faces match each of ``people [P]`` (rising); faces that are near-duplicates count once.
+
+    Args:
+        matched, group: ``[H]`` of the faces that match, the person and the group of near-duplicates (`groups`).
+    """
+    pairs = np.unique(np.stack((matched, group)), axis=1)
+    return np.bincount(np.searchsorted(people, pairs[0]), minlength=len(people))
+
+
+def chance(counts: Ids, null_counts: Ids, seed: int = 0) -> float:
+    """How likely the reference's people are matched so often if the generator knows nobody of either gallery.
+
+    Mann and Whitney's rank-sum test over people, one-sided, by permutation: they, and not the faces that match them,
+    are what was drawn from the world, and one who looks like many is matched by many.
+
+    Args:
+        counts, null_counts: matches of each person of the reference ``[P]`` and of the null gallery ``[Q]``.
+    """
+    values, people = np.unique(np.concatenate((counts, null_counts)), return_counts=True)
+    ranks = np.cumsum(people) - (people - 1) / 2  # of equal counts the mean rank
+    # People of as many matches need not be told apart. numpy's generator: Rng has no such distribution.
+    numbers = np.random.default_rng(seed)
+    dealt = numbers.multivariate_hypergeometric(people, len(counts), PERMUTATIONS, method="marginals")
+    reached = ranks[np.searchsorted(values, counts)].sum()
+    return float((1 + (dealt @ ranks >= reached).sum()) / (1 + PERMUTATIONS))
+
+
+def excess(
+    hits: np.ndarray,
+    people: Ids,
+    null_hits: np.ndarray,
+    null_people: Ids,
+    galleries: tuple[Ids, Ids],
+    group: Ids,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Synthetic faces that match the reference beyond those that match the null gallery.
 
-    ``p_value``: of a sign test over the faces that match only one of the two (exact, one-sided): how likely at least
-    so many of them match the reference when the generator knows neither gallery. Faces are taken as independent.
+    Args:
+        hits, null_hits: ``[N]`` whether a face matches somebody, and ``people``, ``null_people`` ``[N]`` whom.
+        galleries: everybody in the reference ``[P]`` and in the null gallery ``[Q]``, rising.
+        group: ``[N]`` near-duplicates among the faces.
+
+    Returns:
+        Faces that match (``hits``, ``null_hits``, ``excess``), people who are matched, and ``p_value`` of `chance`.
     """
-    only, null_only = int((hits & ~null_hits).sum()), int((null_hits & ~hits).sum())
-    n = only + null_only
-    k = torch.arange(only, n + 1, dtype=torch.float64)
-    ways = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1) - n * math.log(2)
+    counts = per_person(galleries[0], people[hits], group[hits])
+    null_counts = per_person(galleries[1], null_people[null_hits], group[null_hits])
     return {
         "hits": int(hits.sum()),
         "null_hits": int(null_hits.sum()),
         "excess": int(hits.sum()) - int(null_hits.sum()),
-        "p_value": min(1.0, float(ways.exp().sum())),
+        "people": int((counts > 0).sum()),
+        "null_people": int((null_counts > 0).sum()),
+        "p_value": chance(counts, null_counts, seed),
     }
 
 
@@ -338,51 +461,80 @@ class Leakage:
     margins: Floats
 
 
+def thresholds_of(
+    settings: Audit, names: dict[str, str], reference: Gallery
+) -> dict[str, dict[float, Threshold | None]]:
+    """The thresholds of all recognizers, by their digests.
+
+    Raises:
+        InputError: the reference has too few pairs for the verdict's rate.
+    """
+    found = {}
+    for key, name in names.items():
+        real = unit(reference.seen_by(key, name))
+        found[key] = calibrate(real, reference.identities, settings.fmrs, settings.seed)
+        if found[key][settings.verdict_fmr] is None:
+            raise InputError(
+                f"verdict_fmr {settings.verdict_fmr:g} needs {1 / settings.verdict_fmr:,.0f} pairs of different people "
+                "in the reference; use a larger gallery or a larger rate"
+            )
+    return found
+
+
 def leakage(
-    settings: Audit, rows: dict[str, Floats], names: dict[str, str], reference: Gallery, null: Gallery
+    settings: Audit,
+    rows: dict[str, Floats],
+    group: Ids,
+    names: dict[str, str],
+    reference: Gallery,
+    null: Gallery,
+    thresholds: dict[str, dict[float, Threshold | None]],
 ) -> Leakage:
     """Search every face in both galleries with every recognizer.
 
     Args:
         rows: unit embeddings of the corpus by digest of the recognizer; ``names`` what to call those.
+        group: ``[N]`` near-duplicates (`groups`).
+        null: as large as the reference (`like`).
+        thresholds: by digest (`thresholds_of`).
     """
-    if len(null) < len(reference):
-        raise InputError(
-            f"null: has {len(null)} faces and the reference {len(reference)}; chance hits grow with a gallery, so it "
-            "needs at least as many"
-        )
-    null_rows = some("null gallery", len(null), len(reference), settings.seed)
+    everybody = np.unique(reference.identities), np.unique(null.identities)
     record: dict[str, Any] = {
-        "reference": {"faces": len(reference), "people": len(np.unique(reference.identities))},
-        "null": {"faces": len(null_rows), "people": len(np.unique(null.identities[null_rows]))},
+        "reference": {"faces": len(reference), "people": len(everybody[0])},
+        "null": {"faces": len(null), "people": len(everybody[1])},
         "recognizers": {},
     }
     seen: list[Decision] = []
     unseen: list[Decision] = []
     for key, synthetic in rows.items():
-        real = unit(reference.seen_by(key, names[key]))
-        others = unit(null.seen_by(key, names[key])[null_rows])
-        thresholds = calibrate(real, reference.identities, settings.fmrs, settings.seed)
-        spoken = thresholds[settings.verdict_fmr]
-        if spoken is None:
-            raise InputError(
-                f"verdict_fmr {settings.verdict_fmr:g} needs {1 / settings.verdict_fmr:,.0f} pairs of different people "
-                "in the reference; use a larger gallery or a larger rate"
-            )
-        seen.append(decide(synthetic, real, reference.identities, spoken))
-        unseen.append(decide(synthetic, others, null.identities[null_rows], spoken))
+        spoken = thresholds[key][settings.verdict_fmr]
+        assert spoken is not None
+        for found, faces in ((seen, reference), (unseen, null)):
+            found.append(decide(synthetic, unit(faces.seen_by(key, names[key])), faces.identities, spoken))
+        real, other = seen[-1], unseen[-1]
         rates: dict[str, Any] = {}
-        for fmr, threshold in thresholds.items():
+        for fmr, threshold in thresholds[key].items():
             rates[f"{fmr:g}"] = None
             if threshold is not None:
-                counts = excess(seen[-1].cosines >= threshold.value, unseen[-1].cosines >= threshold.value)
+                hits, null_hits = (each.cosines >= threshold.value for each in (real, other))
+                counts = excess(hits, real.people, null_hits, other.people, everybody, group, settings.seed)
                 few = threshold.pairs * fmr < 30
                 rates[f"{fmr:g}"] = {"threshold": threshold.value, "pairs": threshold.pairs, "few_pairs": few} | counts
         record["recognizers"][names[key]] = {"sha256": key, "rates": rates}
-    judge = agreement(seen)
-    agreed, null_agreed = judge >= 0, agreement(unseen) >= 0
-    record["agreed"] = excess(agreed, null_agreed) | {"fmr": settings.verdict_fmr}
-    margins = np.sort(np.stack([each.margins for each in seen]), axis=0)[-2]
+    judge, null_judge = agreement(seen), agreement(unseen)
+    agreed, everyone = judge >= 0, np.arange(len(judge))
+    people, null_people = (
+        np.stack([each.people for each in found])[chosen, everyone]
+        for found, chosen in ((seen, judge), (unseen, null_judge))
+    )
+    margins, null_margins = (
+        np.sort(np.stack([each.margins for each in found]), axis=0)[-2] for found in (seen, unseen)
+    )
+    record["agreed"] = (
+        excess(agreed, people, null_judge >= 0, null_people, everybody, group, settings.seed)
+        | {"fmr": settings.verdict_fmr}
+        | {"closer_than_null": int((margins[agreed] > null_margins.max()).sum())}
+    )
     flagged = np.flatnonzero(agreed)
     flagged = flagged[np.argsort(-margins[flagged], kind="stable")]
     against = np.stack([each.rows for each in seen])[judge[flagged], flagged]
@@ -403,35 +555,56 @@ def agreement(seen: list[Decision]) -> Ids:
 def verdict(record: dict[str, Any], faces: int, fmr: float) -> str:
     """One line for the datasheet."""
     agreed, reference = record["agreed"], record["reference"]
-    significant = agreed["p_value"] < 0.01 and agreed["excess"] > 0
-    single = [
-        name
-        for name, found in record["recognizers"].items()
-        if (rate := found["rates"][f"{fmr:g}"]) and rate["excess"] > 0 and rate["p_value"] < 0.01
-    ]
+    rates = {name: found["rates"][f"{fmr:g}"] for name, found in record["recognizers"].items()}
+
+    single = [name for name, found in rates.items() if found["p_value"] < 0.01]
     counts = (
-        f"{agreed['hits']:,} of {faces:,} faces match one of {reference['people']:,} reference people in two "
-        f"recognizers or more at FMR {fmr:g}, {agreed['null_hits']:,} match as many faces of people whom the "
-        f"generator never saw (excess {agreed['excess']:,}, p = {agreed['p_value']:.2g})"
+        f"{agreed['hits']:,} of {faces:,} faces match {agreed['people']:,} of {reference['people']:,} reference people "
+        f"in two recognizers or more at FMR {fmr:g}, {agreed['null_hits']:,} match {agreed['null_people']:,} of as "
+        f"many people whom the generator never saw (p = {agreed['p_value']:.2g})"
     )
-    if significant:
-        return f"LEAKAGE: {counts}."
+    few = any(found["few_pairs"] for found in rates.values())
+    rests = " The thresholds rest on fewer than 30 expected errors." if few else ""
+    if agreed["p_value"] < 0.01:
+        return f"LEAKAGE: {counts}.{rests}"
     if single:
-        return f"Suspicion of leakage in {', '.join(single)} alone: {counts}."
-    return f"No leakage found: {counts}."
+        return f"Suspicion of leakage in {', '.join(single)} alone: {counts}.{rests}"
+    if not agreed["hits"]:
+        return f"No leakage found: {counts}.{rests}"
+    if agreed["excess"] > 0 or agreed["closer_than_null"]:
+        closer = f"{agreed['closer_than_null']:,} of the former are nearer than any of the latter"
+        return f"Inconclusive: {counts}; {closer}. Look at closest.png.{rests}"
+    return f"No leakage beyond chance: {counts}.{rests}"
+
+
+def check_removal(faces: Faces, output: Path) -> None:
+    """Whether `without` can do it.
+
+    Raises:
+        InputError: the folder is there already, or the faces have no manifest or no numbers.
+    """
+    if output.exists():
+        raise InputError(f"remove: {output} is there already; name a new folder")
+    check_folder(output)
+    if not faces.manifest or "index" not in faces.columns:
+        raise InputError(
+            f"{faces.folder}: has no manifest.json, or no column index; only a corpus of synth/generate.py can be "
+            "copied without rows"
+        )
 
 
 def without(faces: Faces, keep: np.ndarray, output: str | Path) -> None:
     """Write the corpus again without some rows: same shards, same columns, a manifest that says so.
 
+    The folder is there when all of it is; what a killed command left beside it is written anew.
+
     Raises:
-        InputError: the folder is there already, or the faces have no manifest.
+        InputError: as `check_removal`.
     """
-    output = Path(output)
-    if output.exists():
-        raise InputError(f"remove: {output} is there already; name a new folder")
-    if not faces.manifest:
-        raise InputError(f"{faces.folder}: has no manifest.json; only a corpus can be copied without rows")
+    finished = Path(output)
+    check_removal(faces, finished)
+    output = finished.with_name(f".unfinished-{finished.name}")
+    shutil.rmtree(output, ignore_errors=True)
     shards = []
     for number, (path, file) in enumerate(zip(faces.paths, faces.files)):
         chosen = keep[faces.starts[number] : faces.starts[number + 1]]
@@ -469,16 +642,23 @@ def without(faces: Faces, keep: np.ndarray, output: str | Path) -> None:
     if (faces.folder / "settings.yaml").is_file():
         shutil.copyfile(faces.folder / "settings.yaml", output / "settings.yaml")
     if (sheet := faces.folder / "DATASHEET.md").is_file():
-        text = sheet.read_text("utf-8").replace(f"- {len(keep):,} generated", f"- {manifest['rows']:,} generated", 1)
+        text = AUDIT_SECTION.sub("", sheet.read_text("utf-8"))  # it was said of other rows
+        text = text.replace(f"- {len(keep):,} generated", f"- {manifest['rows']:,} generated", 1)
         told = f"{removed:,} of {len(keep):,} faces were removed as near-duplicates of others, or as leaks."
         atomic_write(output / "DATASHEET.md", f"{text.rstrip()}\n\n## Removed\n{told}\n")
     atomic_write(output / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    output.replace(finished)
 
 
 def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
     """Look for all of it; write ``audit.json``, ``AUDIT.md``, tables and pictures, and return the figures."""
     faces, output = Faces(settings.corpus), Path(settings.output)
     check_folder(output)
+    if settings.remove is not None:
+        check_removal(faces, Path(settings.remove))
+    sheet = faces.folder / "DATASHEET.md"
+    if settings.datasheet and not sheet.is_file():
+        raise InputError(f"{sheet}: there is no datasheet to write the verdict into")
     networks = [faceless.load(source).to(chosen_device(settings.device)) for source in settings.recognizers]
     keys = [digest(net) for net in networks]
     if len(set(keys)) < len(keys):
@@ -497,9 +677,17 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
                 raise InputError(
                     f"a gallery holds {width} numbers of {names[key]} for each face, not {net.embedding_dim}"
                 )
+    if settings.reference is not None:
+        # Whatever is wrong with them shows before hours are spent on the corpus.
+        reference, null = galleries
+        check_strangers(reference, null, names)
+        null = null.of_rows(like(reference.identities, null.identities, settings.seed))
+        thresholds = thresholds_of(settings, names, reference)
     raw = {key: embeddings(net, faces, settings.cache, settings.device, progress) for key, net in zip(keys, networks)}
-    centered = unit(raw[keys[0]], center=True)
-    group, stays = near_duplicates(faces, centered, settings.duplicate_cosine, settings.duplicate_bits)
+    centered, rows = unit(raw[keys[0]], center=True), {key: unit(found) for key, found in raw.items()}
+    del raw
+    plain = rows[keys[0]]
+    group, stays = near_duplicates(faces, centered, plain, settings.duplicate_cosine, settings.duplicate_bits)
     kept = stays == np.arange(len(faces))
     sample = some("diversity", len(faces), settings.sample, settings.seed)
     figures_found: dict[str, Any] = {
@@ -511,17 +699,20 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
             if net.spec.framing != (framing or networks[0].spec.framing)
         },
         "duplicates": {"groups": int((np.bincount(group) > 1).sum()), "removable": int((~kept).sum())},
-        "diversity": {"vendi": vendi(centered[sample]), "faces": len(sample), "at_most": min(centered[sample].shape)},
-        "balance": balance(centered, settings.cells, settings.seed),
+        "diversity": {
+            "vendi": vendi(plain[sample]),
+            "faces": len(sample),
+            "at_most": min(plain[sample].shape),
+            "mean_cosine": float(np.square(plain.mean(0, dtype=np.float64)).sum()),
+        },
+        "balance": balance(plain, settings.cells, settings.seed),
     }
     write_duplicates(output, faces, group, stays, centered, settings.shown)
     if settings.reference is not None:
-        reference, null = galleries
-        found = leakage(settings, {key: unit(rows) for key, rows in raw.items()}, names, reference, null)
-        mean = raw[keys[0]].mean(0)
-        real = unit(reference.seen_by(keys[0], names[keys[0]]) - mean)
-        figures_found["diversity"]["coverage"] = coverage(real, centered, min(settings.neighbors, len(real) - 1))
-        figures_found["balance_to_reference"] = balance(centered, min(settings.cells, len(real)), settings.seed, real)
+        found = leakage(settings, rows, group, names, reference, null, thresholds)
+        real = unit(reference.seen_by(keys[0], names[keys[0]]))
+        figures_found["diversity"]["coverage"] = coverage(real, plain, min(settings.neighbors, len(real) - 1))
+        figures_found["balance_to_reference"] = balance(plain, min(settings.cells, len(real)), settings.seed, real)
         figures_found["leakage"] = found.record
         write_leaks(output, faces, found, reference, settings.shown)
         kept[found.flagged] = False
@@ -529,12 +720,12 @@ def audit(settings: Audit, progress: bool = True) -> dict[str, Any]:
     else:
         line = "Leakage was not audited: no reference gallery was given."
     figures_found["verdict"] = line
-    if settings.remove is not None:
-        without(faces, kept, settings.remove)
     atomic_write(output / "audit.json", json.dumps(figures_found, indent=1) + "\n")
     atomic_write(output / "AUDIT.md", page(figures_found))
     if settings.datasheet:
-        write_verdict(faces.folder / "DATASHEET.md", figures_found)
+        write_verdict(sheet, figures_found)
+    if settings.remove is not None:
+        without(faces, kept, settings.remove)
     return figures_found
 
 
@@ -604,7 +795,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"- {found['corpus']['faces']:,} faces.",
         f"- Near-duplicates: {duplicates['removable']:,} in {duplicates['groups']:,} groups.",
-        f"- Vendi score {diversity['vendi']:.1f} on {diversity['faces']:,} faces (at most {diversity['at_most']}).",
+        f"- Vendi score {diversity['vendi']:.1f} on {diversity['faces']:,} faces (at most {diversity['at_most']}); "
+        f"mean cosine of two faces {diversity['mean_cosine']:.3f}.",
         f"- Balance: {even['effective_cells']:.0%} of {even['cells']:.0f} cells in effect; the fullest holds "
         f"{even['largest']:.1%}, the emptiest {even['smallest']:.1%}.",
     ]
@@ -614,11 +806,14 @@ def page(found: dict[str, Any]) -> str:
         for name, framing in found["used to other crops"].items()
     ]
     if "coverage" in diversity:
-        lines.append(f"- Coverage of the reference: {diversity['coverage']:.1%}.")
+        divergence = found["balance_to_reference"]["divergence"]
+        lines.append(
+            f"- Coverage of the reference: {diversity['coverage']:.1%}; divergence from it {divergence:.3f} bits."
+        )
     if "leakage" in found:
         lines += [
             "",
-            "| recognizer | FMR | threshold | hits | null hits | excess | p |",
+            "| recognizer | FMR | threshold | hits (people) | null hits (people) | excess | p |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, recognizer in found["leakage"]["recognizers"].items():
@@ -628,22 +823,21 @@ def page(found: dict[str, Any]) -> str:
                     continue
                 few = " (few pairs)" if rate["few_pairs"] else ""
                 lines.append(
-                    f"| {name} | {fmr}{few} | {rate['threshold']:.4f} | {rate['hits']:,} | {rate['null_hits']:,} "
-                    f"| {rate['excess']:,} | {rate['p_value']:.2g} |"
+                    f"| {name} | {fmr}{few} | {rate['threshold']:.4f} | {rate['hits']:,} ({rate['people']:,}) "
+                    f"| {rate['null_hits']:,} ({rate['null_people']:,}) | {rate['excess']:,} | {rate['p_value']:.2g} |"
                 )
         lines += [
             "",
             "Hits are synthetic faces whose nearest reference face is above the threshold. A large gallery is hit by",
-            "chance; the null search says how often. Look at `closest.png` before believing either.",
+            "chance; the null search says how often, and p how likely so many matches are if the generator knows",
+            "nobody of either gallery. Look at `closest.png` before believing either.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def write_verdict(path: Path, found: dict[str, Any]) -> None:
     """Put the verdict at the end of a datasheet, in place of an earlier one."""
-    if not path.is_file():
-        raise InputError(f"{path}: there is no datasheet to write the verdict into")
-    text = re.sub(r"\n## Audit\n.*?(?=\n## |\Z)", "", path.read_text("utf-8"), flags=re.DOTALL)
+    text = AUDIT_SECTION.sub("", path.read_text("utf-8"))
     text = text.replace("this corpus was not audited for that", "see Audit below")
     atomic_write(path, f"{text.rstrip()}\n\n## Audit\n{found['verdict']}\n")
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,21 @@ class Faces:
             raise InputError(f"{path}: not the manifest of a corpus (a shard has no SHA-256)")
         return dict(found)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A digest of all shards: as the manifest has it, or else by reading them."""
-        digests = [shard["sha256"] for shard in self.manifest.get("shards", [])] or [sha256(p) for p in self.paths]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        """A digest of all shards, which are read for it.
+
+        Raises:
+            InputError: one is not the one that the manifest names.
+        """
+        digests = {str(path.relative_to(self.folder)): sha256(path) for path in self.paths}
+        listed = {shard["name"]: shard["sha256"] for shard in self.manifest.get("shards", [])}
+        if other := [name for name in listed if listed[name] != digests[name]]:
+            raise InputError(
+                f"{self.folder / other[0]}: is not the shard that the manifest names; repair the corpus first"
+            )
+        # In the order of the manifest, as `synth.corpus.Corpus` has it.
+        return hashlib.sha256("".join(digests[name] for name in listed or digests).encode()).hexdigest()
 
     def batches(self, size: int = BATCH, first: int = 0) -> Iterator[Tensor]:
         """Faces from row ``first`` on, ``[n, 3, H, W]`` uint8, ``size`` of them at a time."""

@@ -59,6 +59,12 @@ class Gallery:
         found = _embedded(images.split(BATCH), recognizers)
         return cls(np.asarray(identities, np.int64), found, images)
 
+    def of_rows(self, rows: Ids) -> Gallery:
+        """Some of the faces."""
+        found = {key: every[rows] for key, every in self.embeddings.items()}
+        images = None if self.images is None else self.images[torch.from_numpy(rows)]
+        return Gallery(self.identities[rows], found, images, self.framing)
+
     def save(self, path: str | Path) -> None:
         """Write embeddings and identities, and no picture."""
         tensors = {f"embeddings.{key}": torch.from_numpy(rows) for key, rows in self.embeddings.items()}

@@ -25,6 +25,8 @@ from mining.disagreement import impostor_threshold
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
 from mining.faces import Faces, check_framing, embeddings, unit
 
+SEEDS = range(2**31 - 1)  # of FAISS's k-means, where a negative one would be none
+
 
 @dataclass
 class Identities:
@@ -37,7 +39,8 @@ class Identities:
             ``labels``), ``identities.parquet`` and ``identities.json``.
         clusters: how many; None chooses by `criterion` among ``sweep`` times the number of distinct faces.
         sweep: see ``clusters``.
-        far: false match rate of the cosine below which two faces count as different people.
+        far: false match rate of the cosine below which two faces count as different people, calibrated on random
+            pairs; where the corpus has identities, on pairs of different ones.
         neighbors: nearest faces that are looked at in the refinement.
         margin: least lead of the nearest center over the second.
         smallest: clusters of fewer faces are given up.
@@ -67,6 +70,8 @@ class Identities:
             raise InputError(f"far is {self.far}; it must be between 0 and 1")
         if not self.sweep or min(self.sweep) <= 0 or self.neighbors < 1 or self.smallest < 1:
             raise InputError("sweep needs positive factors; neighbors and smallest must be at least 1")
+        if self.seed not in SEEDS:
+            raise InputError(f"seed is {self.seed}; it must be within 0..{SEEDS[-1]}")
 
 
 def cluster(rows: Floats, count: int, *, seed: int = 0, rounds: int = 20, restarts: int = 1) -> tuple[Floats, Ids]:
@@ -202,12 +207,16 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     check_folder(output)
     if len(faces) < 2:
         raise InputError(f"{settings.corpus}: 1 face; clusters need at least 2")
-    truth = faces.column("identity").astype(np.int64) if "identity" in faces.columns else np.full(len(faces), -1)
+    known = "identity" in faces.columns
+    truth = faces.column("identity").astype(np.int64) if known else np.full(len(faces), -1)
     teacher = faceless.load(settings.teacher)
     check_framing(faces, teacher, settings.teacher)
     raw = embeddings(teacher, faces, settings.cache, settings.device, progress)
     rows = unit(raw, center=settings.center)
-    threshold = impostor_threshold(rows, settings.far, seed=settings.seed)
+    if known and truth.min() == truth.max() >= 0:
+        raise InputError(f"{settings.corpus}: all faces have one identity, and pairs of strangers are needed")
+    # A generator of few people shows one of them twice in many a random pair.
+    threshold = impostor_threshold(rows, settings.far, labels=truth if known else None, seed=settings.seed)
     tried: list[dict[str, Any]] = []
     count, unique = settings.clusters, None
     if count is None:
@@ -232,6 +241,7 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "settings": asdict(settings),
         "faces": len(faces),
+        "fingerprint": faces.fingerprint,
         "threshold": asdict(threshold),
         "distinct": unique,
         "sweep": tried,

@@ -30,7 +30,7 @@ from mining.disagreement import (
     neighborhoods,
     pointwise,
 )
-from mining.faces import Faces, Floats, check_framing, digest, embeddings, unit
+from mining.faces import Faces, Floats, check_framing, embeddings, unit
 
 
 @dataclass
@@ -91,25 +91,27 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     networks = {name: faceless.load(source) for name, source in sources.items()}
     for name, net in networks.items():
         check_framing(faces, net, sources[name])
-    raw = {name: embeddings(net, faces, settings.cache, settings.device, progress) for name, net in networks.items()}
-    T, S = (unit(raw[name], center=settings.center) for name in "ts")
-    if settings.rank_by == "pointwise" and S.shape != T.shape:
+    teacher_dim, student_dim = (networks[name].embedding_dim for name in "ts")
+    if settings.rank_by == "pointwise" and student_dim != teacher_dim:
         raise InputError(
-            f"rank_by pointwise compares embeddings of one D; the student has {S.shape[1]}, the teacher {T.shape[1]}: "
-            "use overlap or rbo"
+            f"rank_by pointwise compares embeddings of one D; the student has {student_dim}, the teacher "
+            f"{teacher_dim}: use overlap or rbo"
         )
-    near = neighborhoods(S, T, settings.neighbors)
-    scores = {"overlap": 1 - near.overlap, "rbo": 1 - near.rbo}
-    if S.shape == T.shape:
-        scores["pointwise"] = pointwise(torch.from_numpy(S), torch.from_numpy(T)).numpy()
-    passed = gated(faces, raw["t"], settings.gate)
-    rows = np.flatnonzero(passed)
-    rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
     if settings.labels and "identity" not in faces.columns:
         raise InputError(f"{settings.corpus}: has no column identity; set labels to false")
     labels = faces.column("identity").astype(np.int64) if settings.labels else None
     if labels is not None and labels.min() == labels.max() >= 0:
         raise InputError(f"{settings.corpus}: all faces have one identity, and pairs of strangers are needed")
+    T = embeddings(networks["t"], faces, settings.cache, settings.device, progress)
+    passed = gated(faces, T, settings.gate)
+    T = unit(T, center=settings.center)
+    S = unit(embeddings(networks["s"], faces, settings.cache, settings.device, progress), center=settings.center)
+    near = neighborhoods(S, T, settings.neighbors)
+    scores = {"overlap": 1 - near.overlap, "rbo": 1 - near.rbo}
+    if S.shape == T.shape:
+        scores["pointwise"] = pointwise(torch.from_numpy(S), torch.from_numpy(T)).numpy()
+    rows = np.flatnonzero(passed)
+    rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
     decisions = {far: decide(S, T, far, near, labels, settings.seed) for far in settings.fars}
 
     judges = {
@@ -120,7 +122,7 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     write_rows(output / "mined.parquet", faces, rows, scores, settings.rank_by, judges)
     write_pairs(output / "pairs.parquet", {far: pairs for far, (pairs, _) in decisions.items()})
     summary = summarize(settings, faces, scores, passed, decisions)
-    summary |= {"teacher_sha256": digest(networks["t"]), "student_sha256": digest(networks["s"])}
+    summary |= {"fingerprint": faces.fingerprint} | judges
     draw(output, faces, rows, scores, settings.rank_by, near, T, S)
     atomic_write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ def unpack(made: Generation, folder: Path) -> None:
             for batch in file.iter_batches(1024, columns=[name for name in ("latent", "score") if name in names]):
                 lists = batch.column("latent")
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                if lists.null_count or len(values) != len(lists) * size or not np.isfinite(values).all():
+                even = (pc.list_value_length(lists).to_numpy(zero_copy_only=False) == size).all()
+                if lists.null_count or not even or not np.isfinite(values).all():
                     raise InputError(
                         f"{path}: column latent does not hold {size} finite numbers in each row, as "
                         f"{type(made.generator).__name__} takes"

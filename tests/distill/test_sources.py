@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import nullcontext
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -262,6 +263,15 @@ def test_labels_of_another_corpus_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.arange(700) % 5)
     with pytest.raises(InputError, match=r"labels\.npy: 700 labels, and .*corpus has 600 faces"):
         source.prepare(Place(batch_size=4))
+    # Of as many faces, but of others: mining/identities.py notes beside them of which.
+    np.save(tmp_path / "identities.npy", np.arange(600) % 5)
+    noted = CorpusSource(path=str(path), labels=str(tmp_path / "identities.npy"))
+    for fingerprint in (source.fingerprint(), None):
+        (tmp_path / "identities.json").write_text(json.dumps({"fingerprint": fingerprint} if fingerprint else {}))
+        noted.prepare(Place(batch_size=4))
+    (tmp_path / "identities.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    with pytest.raises(InputError, match=r"identities\.npy: labels of other faces than .*corpus has now"):
+        noted.prepare(Place(batch_size=4))
 
 
 def test_a_finished_corpus_needs_no_generator(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceless.errors import InputError
-from mining.faces import unit
+from mining.faces import Faces, unit
 from mining.identities import cluster, criterion, distinct, main, purity, refine, remaining
 from tests.mining.tiny_corpus import network, pictures, write
 
@@ -95,6 +95,22 @@ def test_the_command_leaves_labels_that_a_source_can_read(tmp_path: Path) -> Non
     assert found["labeled"] == (labels >= 0).sum() > 80
     assert found["purity"]["identities"] == pytest.approx(purity(labels, truth))
     assert purity(labels, truth) > 0.8
+    assert found["fingerprint"] == Faces(corpus).fingerprint
+
+
+def test_pairs_of_one_person_do_not_raise_the_bar(tmp_path: Path) -> None:
+    """Of 8 people every eighth random pair is one person: at a rate below that, none but copies would be one."""
+    truth = np.arange(160) % 8
+    corpus = write(tmp_path / "corpus", pictures(truth), identity=truth)
+    given = ["--corpus", str(corpus), "--teacher", network(tmp_path / "net", 0), "--cache", str(tmp_path / "cache")]
+    main([*given, "--far", "0.001", "--device", "cpu", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "identities.json").read_text())
+    assert found["labeled"] > 120 and found["identities"] <= 16
+    write(tmp_path / "corpus", pictures(truth), identity=np.zeros(160, np.int64))
+    with pytest.raises(InputError, match="all faces have one identity"):
+        main([*given, "--device", "cpu"])
+    with pytest.raises(InputError, match="seed is -1; it must be within 0"):
+        main([*given, "--seed", "-1"])
 
 
 def test_where_nothing_is_dense_nobody_has_a_label(tmp_path: Path) -> None:

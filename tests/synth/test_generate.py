@@ -281,12 +281,16 @@ class TestAround:
         nan[1, 1] = np.nan
         (tmp_path / "text.parquet").write_text("x")
         pq.write_table(pa.table({"face": [1]}), tmp_path / "none.parquet")
+        # As many numbers as there should be, and none of them in its place.
+        uneven = tmp_path / "uneven.parquet"
+        pq.write_table(pa.table({"latent": [[1.0] * 99, [1.0] * 101]}), uneven)
         for path, line in (
             (tmp_path / "missing.parquet", "no such file"),
             (tmp_path / "text.parquet", "not readable as parquet"),
             (tmp_path / "none.parquet", "its columns are face"),
             (self.mined(tmp_path / "short.parquet", latents[:, :99]), "does not hold 100 finite numbers"),
             (self.mined(tmp_path / "nan.parquet", nan), "does not hold 100 finite numbers"),
+            (uneven, "does not hold 100 finite numbers"),
             (self.mined(tmp_path / "minus.parquet", latents, score=[1.0, -1.0, 0.0]), "negative"),
             (self.mined(tmp_path / "zero.parquet", latents, score=[0.0, 0.0, 0.0]), "only zeros"),
         ):
