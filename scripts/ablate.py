@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distill.settings import Run
+from distill.train import links
 from eval import figures
 from faceless.errors import InputError, command, suggest
 from faceless.files import atomic_path, atomic_write
@@ -112,6 +113,10 @@ class Grid:
             for name in options:
                 if not name or set(name) & set("/\\ ") or name.startswith("."):
                     raise InputError(f"axes.{axis}: an option's name {name!r} is no name of a folder")
+        known = {name for options in self.axes.values() for name in options}
+        for name in self.confirm.always if self.confirm else []:
+            if name not in known:
+                raise InputError(f"confirm.always: no option is called {name!r}; {suggest(name, known)}")
 
 
 Cell = tuple[str, ...]  # one option of each axis
@@ -174,8 +179,24 @@ def write(grid: Grid, cell: Cell, seed: int) -> Path:
         raise InputError(f"{run}: holds a run of another grid; choose another output, or delete it and {path}")
     if not path.exists() or path.read_text() != text:
         atomic_write(path, text)
-    parse(Run, ["--config", str(path)])
+    for link in links(parse(Run, ["--config", str(path)])):
+        link.build()
     return path
+
+
+def check_teachers(grid: Grid) -> None:
+    """Whether all that a grid's cells name as teachers is there: some are trained by recipes of their own.
+
+    Raises:
+        InputError: one is not.
+    """
+    for cell in cells(grid):
+        teacher = settings_of(grid, cell)["teacher"]
+        given = teacher.get("init_args", {}) if isinstance(teacher, dict) else {"members": teacher}
+        for named in (given.get("members", []), given.get("stages", [])):
+            for source in [named] if isinstance(named, str) else named:
+                if source.startswith("runs/") and not Path(source).exists():
+                    raise InputError(f"{source}: no such teacher, and {'-'.join(cell)} needs it; train it first")
 
 
 def train(grid: Grid, cell: Cell, seed: int, settings: Path) -> bool:
@@ -284,8 +305,17 @@ def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, An
         found = [measured(grid, run) for run in runs if finished(run)]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
-            rows.append({"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names})
+            row = {"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names}
+            taught = [measured(grid, run, "teacher") for run in runs if finished(run)]
+            if all(grid.measure in one for one in taught):
+                row["teacher"] = statistics.fmean(one[grid.measure]["value"] for one in taught)
+            rows.append(row)
     return rows
+
+
+def several_teachers(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the cells were taught by networks that differ: one line for all of them would be another's."""
+    return len({row.get("teacher") for row in rows}) > 1
 
 
 def ordered(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -327,10 +357,13 @@ def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[st
     if grid.measure in names:
         sign = -1 if MEASURES[grid.measure][0] else 1
         rows = sorted(rows, key=lambda row: sign * row[grid.measure]["mean"] if grid.measure in row else math.inf)
-    lines = [[*grid.axes, *(f"{name}, %" if kind(name)[1] else name for name in names), "n"]]
+    several, rate = several_teachers(rows), kind(grid.measure)[1]
+    column = [f"teacher's {grid.measure}, %" if rate else f"teacher's {grid.measure}"] if several else []
+    lines = [[*grid.axes, *(f"{name}, %" if kind(name)[1] else name for name in names), *column, "n"]]
     for row in rows:
         n = max(row[name]["n"] for name in names if name in row)
-        lines.append([*row["cell"], *(shown(name, row[name]) if name in row else "" for name in names), str(n)])
+        own = [f"{row['teacher'] * (100 if rate else 1):.2f}" if "teacher" in row else ""] if several else []
+        lines.append([*row["cell"], *(shown(name, row[name]) if name in row else "" for name in names), *own, str(n)])
     if teacher:
         values = [
             shown(name, {"mean": teacher[name]["value"], "interval": teacher[name]["interval"]})
@@ -339,11 +372,12 @@ def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[st
             for name in names
         ]
         lines.append(["teacher", *[""] * (len(grid.axes) - 1), *values, ""])
-    rule = ["---"] * len(grid.axes) + ["---:"] * (len(names) + 1)
+    rule = ["---"] * len(grid.axes) + ["---:"] * (len(names) + len(column) + 1)
     body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
     return (
-        f"{body}\n\nPeople {grid.people} of the benchmark; agreement (cosine, neighborhood) on held-out faces. In "
-        "parentheses 95 % intervals: of the mean over n seeds (Student), or, for n = 1, from resampling people.\n"
+        f"{body}\n\nPeople {grid.people} of the benchmark; agreement (cosine, neighborhood) with a cell's own teacher "
+        "on held-out faces. In parentheses 95 % intervals: of the mean over n seeds (Student), or, for n = 1, from "
+        "resampling people.\n"
     )
 
 
@@ -375,6 +409,8 @@ def report(grid: Grid) -> None:
         raise InputError(f"{output}: no cell is finished")
     first = next(run for cell in cells(grid) for seed in grid.seeds if finished(run := folder(grid, cell, seed)))
     teacher = measured(grid, first, "teacher") if (first / "verification.json").exists() else {}
+    if several_teachers(rows):
+        teacher = {}
     text = table(grid, rows, teacher)
     atomic_write(output / "table.md", text)
     record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}
@@ -406,6 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = folder(grid, cell, seed)
             print(run, "finished" if finished(run) else "begun" if run.exists() else "to do")
         return
+    check_teachers(grid)
     failed = train_all(grid, [(cell, seed) for seed in grid.seeds for cell in cells(grid)])
     if grid.confirm is not None:
         # By the first seeds alone, so that a grid that was stopped while it confirmed chooses the same cells.

@@ -32,7 +32,8 @@ class AdaptiveTemperatureKD(Loss):
     ``adversarial``: one temperature, lowest + span sigmoid(p), whose p ascends the loss that the student descends,
     with a force that grows from 0 to 1 as half a cosine over the first ``ramp`` steps: ever harder scores. Li et al.:
     Curriculum Temperature for Knowledge Distillation, AAAI 2023 (its global temperature; there over 10 epochs, between
-    1 and 21, starting at 15.6).
+    1 and 21, starting at 15.6). There the force scales p's gradient, which Adam and Muon would divide out again; here
+    it scales how far p counts as moved from its start, and the gradient with it.
 
     Args:
         rule: one of the two.
@@ -78,8 +79,9 @@ class AdaptiveTemperatureKD(Loss):
             force = (1 - math.cos(math.pi * min(self.step / self.ramp, 1.0))) / 2
             if self.training:
                 self.step += 1
-            # Worth p, with -force times its gradient.
-            reversed_p = (1 + force) * self.raw.detach() - force * self.raw
+            # Worth 1 + force (p - 1), with the gradient of its opposite.
+            p = self.raw.detach()
+            reversed_p = 1 + force * (p - 1) + force * (p - self.raw)
             T = self.lowest + self.span * reversed_p.sigmoid()
         log_s, log_t = (z_s / T).log_softmax(1), (z_t / T).log_softmax(1)
         return mean(divergence(log_t, log_s).unsqueeze(1) * T**2)

@@ -172,6 +172,14 @@ def test_adversarial_temperature_climbs_with_growing_force() -> None:
         assert found.item() == pytest.approx(at(1.0), rel=1e-9)
         force = (1 - math.cos(math.pi * min(step / 4, 1))) / 2
         assert loss.raw.grad.item() == pytest.approx(-force * slope, rel=1e-5, abs=1e-12)
+    assert loss.step == 6
+    # An optimizer that divides the force out of the gradient moves p at once; it counts as moved as the force grows.
+    with torch.no_grad():
+        loss.raw.fill_(-2.0)
+    for step in range(6):
+        loss.step = step
+        force = (1 - math.cos(math.pi * min(step / 4, 1))) / 2
+        assert loss(student, teacher).item() == pytest.approx(at(1 - 3 * force), rel=1e-9)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -80,6 +80,21 @@ def test_the_table_holds_mean_interval_and_n(tmp_path: Path) -> None:
     assert (tmp_path / "grid" / "TAR-1e-2.svg").exists()
 
 
+def test_cells_of_several_teachers_name_the_figure_of_each(tmp_path: Path) -> None:
+    made = grid(tmp_path)
+    for method, best in (("cosine", 0.01), ("qud", 0.02)):
+        run = ablate.folder(made, (method, "short"), 0)
+        scores(run, 0.1, 0.5)
+        found = json.loads((run / "verification.json").read_text())
+        found["subsets"]["21-40"][0]["eer"] = best
+        (run / "verification.json").write_text(json.dumps(found))
+    ablate.report(made)
+    head, _, first, second, *rest = (tmp_path / "grid" / "table.md").read_text().splitlines()
+    assert head.endswith("| teacher's EER, % | n |")
+    assert first.endswith("| 1.00 | 1 |") and second.endswith("| 2.00 | 1 |")
+    assert not any(line.startswith("| teacher |") for line in rest)
+
+
 def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> None:
     confirm = ablate.Confirm(seeds=[1, 2], within=0.01, always=["cosine"])
     made = grid(tmp_path, confirm=confirm)
@@ -153,7 +168,19 @@ def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
         grid(tmp_path, measure="eer")
     with pytest.raises(InputError, match="jobs"):
         grid(tmp_path, jobs=0)
+    with pytest.raises(InputError, match=r"confirm.always: no option is called 'cosin'; did you mean .*cosine"):
+        grid(tmp_path, confirm=ablate.Confirm([1], always=["cosin"]))
+    with pytest.raises(InputError, match="chain: link 1 sets output"):
+        ablate.write(grid(tmp_path, common={"chain": [{"output": "x"}, {}]}), ("cosine", "short"), 0)
+    members = {
+        "class_path": "distill.ensembles.Ensemble",
+        "init_args": {"members": ["dlib-resnet29", "runs/none/student"]},
+    }
+    for named in ("runs/none/student", members):
+        with pytest.raises(InputError, match="runs/none/student: no such teacher, and cosine-short needs it; train it"):
+            ablate.check_teachers(grid(tmp_path, common={"teacher": named}))
     made = grid(tmp_path)
+    ablate.check_teachers(made)
     ablate.write(made, ("cosine", "short"), 0)
     ablate.folder(made, ("cosine", "short"), 0).mkdir(parents=True)
     with pytest.raises(InputError, match="another grid"):
