@@ -20,31 +20,23 @@ from faceless.errors import InputError
 from faceless.files import sha256
 from faceless.recognizer import Output, Recognizer
 from mining import gallery as galleries
-from mining.audit import (
-    Audit,
-    Decision,
-    Leakage,
-    agreement,
-    balance,
-    calibrate,
-    chance,
-    coverage,
-    differing_bits,
-    excess,
-    groups,
-    leakage,
-    like,
-    main,
-    near_duplicates,
-    per_person,
-    perceptual_hashes,
-    thresholds_of,
-    vendi,
-    verdict,
-)
+from mining.audit import balance, coverage, differing_bits, groups, main, near_duplicates, perceptual_hashes, vendi
 from mining.faces import Faces, digest, unit
 from mining.gallery import Gallery
 from mining.gallery import main as make_gallery
+from mining.leakage import (
+    Decision,
+    Leakage,
+    agreement,
+    calibrate,
+    chance,
+    excess,
+    leakage,
+    like,
+    per_person,
+    thresholds_of,
+    verdict,
+)
 from synth.corpus import Corpus
 from synth.generate import generate, read_settings
 from tests.mining.tiny_corpus import network, pictures, write
@@ -194,10 +186,9 @@ def two_views(seed: int, people: tuple[int, int], shots: tuple[int, int], faces:
     corpus[:leaks] = first[numbers.permutation(len(first))[:leaks]]
     rows = {key: unit(seen(corpus, turn)) for key, turn in zip("ab", turns)}
     names = {"a": "A", "b": "B"}
-    given = Audit("c", ["A", "B"], "r", "n", fmrs=[1e-3], verdict_fmr=1e-3)
     null = found[1].of_rows(like(found[0].identities, found[1].identities, seed))
-    thresholds = thresholds_of(given, names, found[0])
-    return leakage(given, rows, np.arange(faces), names, found[0], null, thresholds)
+    thresholds = thresholds_of(names, found[0], [1e-3], 1e-3)
+    return leakage(rows, np.arange(faces), names, found[0], null, thresholds, 1e-3)
 
 
 @pytest.mark.parametrize(("people", "shots"), [((20, 20), (10, 10)), ((60, 90), (3, 3)), ((40, 40), (2, 5))])
