@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from eval.benchmarks.folder import listing, square
 from eval.benchmarks.prepare import crops
 from faceless import align
 from faceless.errors import InputError, suggest
-from faceless.files import sha256, visible
+from faceless.files import read_json, sha256, visible
 from faceless.images import read_image
 from faceless.randomness import Rng, permutation
 from faceless.recognizer import MAX_SIDE, Output, Recognizer, same_framing
@@ -444,14 +443,9 @@ def read_labels(path: Path) -> Tensor:
 
 def labeled_faces(path: Path) -> str | None:
     """Fingerprint of the faces of which labels are, where `mining/identities.py` noted it beside them."""
-    note = path.with_name("identities.json")
-    if path.name != "identities.npy" or not note.is_file():
+    if path.name != "identities.npy":
         return None
-    try:
-        found = json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{note}: damaged ({error}); run mining/identities.py again") from error
-    return found.get("fingerprint") if isinstance(found, dict) else None
+    return read_json(path.with_name("identities.json")).get("fingerprint")
 
 
 def read_landmarks(path: Path, faces: int) -> Tensor:

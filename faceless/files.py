@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from faceless.errors import InputError
 
@@ -41,6 +43,25 @@ def drop_unfinished(path: str | Path) -> None:
     for left in path.parent.glob(f".tmp-{'[0-9a-f]' * 12}-{escape(path.name[-200:])}"):
         with suppress(OSError):
             left.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file, such as one of settings; empty if there is no such file.
+
+    Raises:
+        InputError: no JSON object, or more than a megabyte.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise ValueError("more than a megabyte")
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    return found
 
 
 @contextmanager

@@ -29,16 +29,10 @@ from faceless.backbones.cbam import BLOCKS as CBAM_BLOCKS
 from faceless.backbones.dlib_resnet import read_dat
 from faceless.backbones.ir import BLOCKS as IR_BLOCKS
 from faceless.backbones.iresnet import BLOCKS, WIDTHS
-from faceless.backbones.transformers_backbone import (
-    PROCESSOR,
-    TransformersBackbone,
-    read_folder,
-    read_json,
-    read_weights,
-)
+from faceless.backbones.transformers_backbone import PROCESSOR, TransformersBackbone, read_folder, read_weights
 from faceless.backbones.vit import VITS
 from faceless.errors import InputError, suggest
-from faceless.files import atomic_write, sha256
+from faceless.files import atomic_write, read_json, sha256
 from faceless.onnx_graph import UnconvertibleError
 from faceless.recognizer import MAX_SIDE, InputSpec, Recognizer
 

@@ -188,13 +188,13 @@ def near_duplicates(faces: Faces, rows: Floats, raw: Floats, cosine: float, bits
         group = joined(group, np.repeat(everybody, above.sum(1)), ids[above])
         # Whose list is full may have more: a generator that collapsed has crowds, of which memory holds a part.
         crowded = np.flatnonzero(above.all(1)) if above.shape[1] < len(rows) - 1 else everybody[:0]
+        step = max(1, min(64, PAIRS // len(rows)))
         # Identical files find the same: one of them asks.
-        crowded = crowded[first_of[number[crowded]] == crowded]
-        step = max(1, min(64, PAIRS // max(1, len(rows))))
-        for start in range(0, len(crowded), step):
-            part = crowded[start : start + step]
-            limits, _, second = index.within(points[part], least)
-            group = joined(group, np.repeat(part, np.diff(limits)), second)
+        asking = np.unique(first_of[number[crowded]])
+        for start in range(0, len(asking), step):
+            asked = asking[start : start + step]
+            limits, _, second = index.within(points[asked], least)
+            group = joined(group, np.repeat(asked, np.diff(limits)), second)
     quality = faces.column("score") if "score" in faces.columns else np.zeros(len(rows))
     order = np.lexsort((np.arange(len(rows)), -quality, group))
     stays = np.empty(len(rows), np.int64)

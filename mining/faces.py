@@ -152,6 +152,19 @@ class Faces:
             raise InputError(f"{what} holds lists of unequal length")
         return np.concatenate(parts)[places]
 
+    def identities(self) -> np.ndarray | None:
+        """``[N]`` the column ``identity``; None where there is none.
+
+        Raises:
+            InputError: it is one and the same on all faces, so that there is no pair of strangers.
+        """
+        if "identity" not in self.columns:
+            return None
+        found = self.column("identity").astype(np.int64)
+        if found.min() == found.max() >= 0:
+            raise InputError(f"{self.folder}: all faces have one identity, and pairs of strangers are needed")
+        return found
+
     def _by_group(self, rows: Sequence[int] | np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """By shard and row group: places in ``rows``, and rows in that group."""
         wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}

@@ -207,16 +207,13 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     check_folder(output)
     if len(faces) < 2:
         raise InputError(f"{settings.corpus}: 1 face; clusters need at least 2")
-    known = "identity" in faces.columns
-    truth = faces.column("identity").astype(np.int64) if known else np.full(len(faces), -1)
+    truth = faces.identities()
     teacher = faceless.load(settings.teacher)
     check_framing(faces, teacher, settings.teacher)
     raw = embeddings(teacher, faces, settings.cache, settings.device, progress)
     rows = unit(raw, center=settings.center)
-    if known and truth.min() == truth.max() >= 0:
-        raise InputError(f"{settings.corpus}: all faces have one identity, and pairs of strangers are needed")
     # A generator of few people shows one of them twice in many a random pair.
-    threshold = impostor_threshold(rows, settings.far, labels=truth if known else None, seed=settings.seed)
+    threshold = impostor_threshold(rows, settings.far, labels=truth, seed=settings.seed)
     tried: list[dict[str, Any]] = []
     count, unique = settings.clusters, None
     if count is None:
@@ -249,7 +246,7 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
         "identities": int(refined.max()) + 1,
         "labeled": int((refined >= 0).sum()),
     }
-    if ((refined >= 0) & (truth >= 0)).any():
+    if truth is not None and ((refined >= 0) & (truth >= 0)).any():
         summary["purity"] = {"clusters": purity(labels, truth), "identities": purity(refined, truth)}
     buffer = io.BytesIO()
     np.save(buffer, refined, allow_pickle=False)

@@ -130,12 +130,10 @@ def check_strangers(reference: Gallery, null: Gallery, names: dict[str, str]) ->
     Raises:
         InputError: some are.
     """
-    nearest, same = np.zeros(len(null), np.int64), np.ones(len(null), bool)
-    for number, (key, name) in enumerate(names.items()):
-        real, others = unit(reference.seen_by(key, name)), unit(null.seen_by(key, name))
-        if number == 0:
-            nearest = EmbeddingIndex.of(real, kind="flat").search(others, 1)[1][:, 0]
-        same &= np.einsum("nd,nd->n", others, real[nearest]) >= ALIKE
+    views = [(unit(reference.seen_by(*one)), unit(null.seen_by(*one))) for one in names.items()]
+    first, others = views[0]
+    nearest = EmbeddingIndex.of(first, kind="flat").search(others, 1)[1][:, 0]
+    same = np.all([np.einsum("nd,nd->n", other, real[nearest]) >= ALIKE for real, other in views], axis=0)
     if same.any():
         raise InputError(
             f"null: {same.sum():,} of its {len(null):,} faces are in the reference as well; it is to hold people whom "

@@ -97,11 +97,9 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
             f"rank_by pointwise compares embeddings of one D; the student has {student_dim}, the teacher "
             f"{teacher_dim}: use overlap or rbo"
         )
-    if settings.labels and "identity" not in faces.columns:
+    labels = faces.identities() if settings.labels else None
+    if settings.labels and labels is None:
         raise InputError(f"{settings.corpus}: has no column identity; set labels to false")
-    labels = faces.column("identity").astype(np.int64) if settings.labels else None
-    if labels is not None and labels.min() == labels.max() >= 0:
-        raise InputError(f"{settings.corpus}: all faces have one identity, and pairs of strangers are needed")
     T = embeddings(networks["t"], faces, settings.cache, settings.device, progress)
     passed = gated(faces, T, settings.gate)
     T = unit(T, center=settings.center)

@@ -301,21 +301,22 @@ def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, An
         seeds = list(dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]))
     rows = []
     for cell in cells(grid):
-        runs = [folder(grid, cell, seed) for seed in seeds]
-        found = [measured(grid, run) for run in runs if finished(run)]
+        runs = [run for seed in seeds if finished(run := folder(grid, cell, seed))]
+        found = [measured(grid, run) for run in runs]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
             row = {"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names}
-            taught = [measured(grid, run, "teacher") for run in runs if finished(run)]
+            taught = [measured(grid, run, "teacher") for run in runs]
             if all(grid.measure in one for one in taught):
-                row["teacher"] = statistics.fmean(one[grid.measure]["value"] for one in taught)
+                mean = statistics.fmean(one[grid.measure]["value"] for one in taught)
+                row["teacher"] = {"mean": mean, "interval": None}
             rows.append(row)
     return rows
 
 
 def several_teachers(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether the cells were taught by networks that differ: one line for all of them would be another's."""
-    return len({row.get("teacher") for row in rows}) > 1
+    return len({row.get("teacher", {}).get("mean") for row in rows}) > 1
 
 
 def ordered(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -357,12 +358,13 @@ def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[st
     if grid.measure in names:
         sign = -1 if MEASURES[grid.measure][0] else 1
         rows = sorted(rows, key=lambda row: sign * row[grid.measure]["mean"] if grid.measure in row else math.inf)
-    several, rate = several_teachers(rows), kind(grid.measure)[1]
-    column = [f"teacher's {grid.measure}, %" if rate else f"teacher's {grid.measure}"] if several else []
-    lines = [[*grid.axes, *(f"{name}, %" if kind(name)[1] else name for name in names), *column, "n"]]
+    several = several_teachers(rows)
+    *heads, last = [f"{name}, %" if kind(name)[1] else name for name in (*names, grid.measure)]
+    column = [f"teacher's {last}"] if several else []
+    lines = [[*grid.axes, *heads, *column, "n"]]
     for row in rows:
         n = max(row[name]["n"] for name in names if name in row)
-        own = [f"{row['teacher'] * (100 if rate else 1):.2f}" if "teacher" in row else ""] if several else []
+        own = [shown(grid.measure, row["teacher"]) if "teacher" in row else ""] if several else []
         lines.append([*row["cell"], *(shown(name, row[name]) if name in row else "" for name in names), *own, str(n)])
     if teacher:
         values = [
@@ -408,9 +410,7 @@ def report(grid: Grid) -> None:
     if not rows:
         raise InputError(f"{output}: no cell is finished")
     first = next(run for cell in cells(grid) for seed in grid.seeds if finished(run := folder(grid, cell, seed)))
-    teacher = measured(grid, first, "teacher") if (first / "verification.json").exists() else {}
-    if several_teachers(rows):
-        teacher = {}
+    teacher = {} if several_teachers(rows) else measured(grid, first, "teacher")
     text = table(grid, rows, teacher)
     atomic_write(output / "table.md", text)
     record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faceless.backbones.transformers_backbone import read_json
 from faceless.errors import InputError, suggest
+from faceless.files import read_json
 from faceless.recognizer import InputSpec
 
 #: Arguments of a network in timm's folders that say what the rest of the folder says as well.

@@ -7,7 +7,6 @@ but that of the installed package is used.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import safetensors
 from torch import Tensor, nn
 
 from faceless.errors import InputError, suggest
+from faceless.files import read_json
 from faceless.recognizer import InputSpec
 
 PROCESSOR = "preprocessor_config.json"
@@ -161,25 +161,6 @@ def read_weights(file: Path, backbone: TransformersBackbone, model: str) -> nn.M
         raise InputError(f"{file}: holds values that are not finite")
     loaded: nn.Module = network.eval()
     return loaded
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small file of settings; empty if there is none.
-
-    Raises:
-        InputError: no JSON object, or more than a megabyte.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise ValueError("more than a megabyte")
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    return found
 
 
 def is_plain(key: str, value: Any) -> bool:
