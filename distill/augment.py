@@ -19,6 +19,7 @@ from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
 from faceless import degrade
+from faceless.devices import moved
 from faceless.errors import InputError
 from faceless.randomness import Rng
 
@@ -101,7 +102,7 @@ class Augment:
         linear = torch.stack((torch.stack((mirror * cos, -sin), 1), torch.stack((mirror * sin, cos), 1)), 1)
         center = torch.tensor([(width - 1) / 2, (height - 1) / 2])
         move = torch.full((1, 2), (size - 1) / 2) + offset - linear @ center
-        matrix = torch.cat((linear, move.unsqueeze(-1)), -1).to(faces.device)
+        matrix = moved(torch.cat((linear, move.unsqueeze(-1)), -1), faces.device)
         return warp_affine(faces, matrix, (size, size), padding_mode="border", align_corners=True)
 
     def points(self, points: Tensor, rng: Rng) -> Tensor:
@@ -124,20 +125,18 @@ class Augment:
 
     def color(self, faces: Tensor, rng: Rng) -> Tensor:
         """Contrast about each face's mean, brightness, and gray, as one 3x3 matrix and offset per face."""
-        draws = rng.uniform(3).to(faces.device)
+        draws = rng.uniform(3)
         contrast = torch.exp((draws[:, 0] * 2 - 1) * self.contrast)[:, None, None]
-        brightness = ((draws[:, 1] * 2 - 1) * self.brightness)[:, None]
-        gray = torch.tensor([LUMA] * 3, device=faces.device)
-        mix = torch.where((draws[:, 2] < self.gray)[:, None, None], gray, torch.eye(3, device=faces.device))
-        mean = faces.mean((1, 2, 3))[:, None]
-        matrix = mix * contrast
-        offset = mean * (1 - contrast[:, :, 0]) + brightness
-        out = torch.baddbmm(offset.unsqueeze(-1), matrix, faces.flatten(2))
+        brightness = ((draws[:, 1] * 2 - 1) * self.brightness)[:, None, None]
+        mix = torch.where((draws[:, 2] < self.gray)[:, None, None], torch.tensor([LUMA] * 3), torch.eye(3))
+        matrix, lost, added = (moved(x, faces.device) for x in (mix * contrast, 1 - contrast, brightness))
+        offset = faces.mean((1, 2, 3))[:, None, None] * lost + added
+        out = torch.baddbmm(offset, matrix, faces.flatten(2))
         return out.view_as(faces)
 
     def scene(self, faces: Tensor, rng: Rng) -> Tensor:
         """Light from a side, and something in front of the face."""
-        draws, (height, width) = rng.uniform(8).to(faces.device), faces.shape[-2:]
+        draws, (height, width) = moved(rng.uniform(8), faces.device), faces.shape[-2:]
         y = torch.linspace(-1, 1, height, device=faces.device)[:, None]
         x = torch.linspace(-1, 1, width, device=faces.device)
         angle, slope = draws[:, 0, None, None] * (2 * math.pi), draws[:, 1, None, None] * self.light
@@ -151,26 +150,26 @@ class Augment:
     def degrade(self, faces: Tensor, rng: Rng) -> Tensor:
         """Blur, noise and loss of resolution, each on the faces that drew it."""
         draws, side = rng.uniform(5), faces.shape[-1]
-        # The draws live on the CPU, so choosing rows costs no host-device synchronisation.
+        # The draws live on the CPU, so that choosing rows does not wait for the device.
         blurred = (draws[:, 0] < self.blur).nonzero().squeeze(1)
         if len(blurred) and self.blur_sigma:
             sigma = (0.3 + 0.7 * draws[blurred, 1:2].expand(-1, 2)) * self.blur_sigma * side / 64
             kernel = 2 * math.ceil(2 * self.blur_sigma * side / 64) + 1
-            rows = blurred.to(faces.device)
-            faces = faces.index_copy(0, rows, gaussian_blur2d(faces[rows], (kernel, kernel), sigma.to(faces)))
+            rows = moved(blurred, faces.device)
+            faces = faces.index_copy(0, rows, gaussian_blur2d(faces[rows], (kernel, kernel), sigma))
         for times in (2, 3):
             low = self.resample / 2 * (times - 2)
             shrunk = ((draws[:, 2] >= low) & (draws[:, 2] < low + self.resample / 2)).nonzero().squeeze(1)
             if len(shrunk):
-                rows = shrunk.to(faces.device)
+                rows = moved(shrunk, faces.device)
                 small = F.interpolate(faces[rows], (side // times,) * 2, mode="bilinear", antialias=True)
                 back = F.interpolate(small, (side, side), mode="bilinear")
                 faces = faces.index_copy(0, rows, back)
         noisy = (draws[:, 3] < self.noise).nonzero().squeeze(1)
         if len(noisy) and self.noise_sigma:
-            grain = rng.child("noise").rows(noisy).normal(1, side, side) * self.noise_sigma
-            rows = noisy.to(faces.device)
-            faces = faces.index_add(0, rows, grain.to(faces).expand(-1, 3, -1, -1))
+            # Drawn on the device: on the host, the numbers for all these pixels would take longer than the step.
+            grain = rng.child("noise").rows(noisy).to(faces.device).normal(1, side, side) * self.noise_sigma
+            faces = faces.index_add(0, moved(noisy, faces.device), grain.expand(-1, 3, -1, -1))
         return faces
 
 
@@ -215,10 +214,10 @@ class Degrade:
         """
         draws = rng.uniform(3)
         for column, share, cover in ((0, self.mask, degrade.mask), (1, self.occlude, degrade.occlude)):
-            # The draws live on the CPU, so choosing rows costs no host-device synchronisation.
+            # The draws live on the CPU, so that choosing rows does not wait for the device.
             covered = (draws[:, column] < share).nonzero().squeeze(1)
             if len(covered):
-                rows = covered.to(faces.device)
+                rows = moved(covered, faces.device)
                 numbers = rng.child(cover.__name__).rows(covered)
                 faces = faces.index_copy(0, rows, cover(faces[rows], framing, numbers))
         sides = sorted(self.resolutions, reverse=True)
@@ -228,7 +227,7 @@ class Degrade:
         for number, side in enumerate(sides):
             small = (drawn == number).nonzero().squeeze(1)
             if len(small) and side < faces.shape[-1]:
-                rows = small.to(faces.device)
+                rows = moved(small, faces.device)
                 shrunk = degrade.low_resolution(faces[rows], side, method=self.method, blur=self.blur)
                 faces = faces.index_copy(0, rows, shrunk)
         return faces.clamp(0.0, 255.0)

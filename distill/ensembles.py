@@ -130,6 +130,20 @@ class Nobody(Teachers):
         return [Recognizer(Silence(self.embedding_dim), InputSpec(framing=self.framing), name="nobody").eval()]
 
 
+class Fit(nn.Module):
+    """What calibration learns of one member: its mean, its mean norm, and the map to the reference."""
+
+    mean: Tensor
+    spread: Tensor
+    turn: Tensor
+
+    def __init__(self, dim: int, wide: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim), persistent=False)
+        self.register_buffer("spread", torch.ones(()), persistent=False)
+        self.register_buffer("turn", torch.eye(dim, wide), persistent=False)
+
+
 class Fusion(nn.Module):
     """One embedding out of those of several recognizers.
 
@@ -171,10 +185,7 @@ class Fusion(nn.Module):
         self.reference = dims.index(max(dims))
         self.embedding_dim = sum(dims) if how == "concatenate" else max(dims)
         self.framing = members[0].spec.framing
-        for i, dim in enumerate(dims):
-            self.register_buffer(f"mean{i}", torch.zeros(dim), persistent=False)
-            self.register_buffer(f"spread{i}", torch.ones(()), persistent=False)
-            self.register_buffer(f"map{i}", torch.eye(dim, max(dims)), persistent=False)
+        self.fits = nn.ModuleList(Fit(dim, max(dims)) for dim in dims)
         shares = torch.tensor([1.0] * len(dims) if weights is None else list(weights))
         self.register_buffer("concentration", shares / shares.sum(), persistent=False)
 
@@ -193,13 +204,13 @@ class Fusion(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             rows = []
             for i, raw in enumerate(asked):
-                mean, spread, turn = (getattr(self, f"{name}{i}") for name in ("mean", "spread", "map"))
-                unit = F.normalize(raw - mean)
+                fit = cast(Fit, self.fits[i])
+                unit = F.normalize(raw - fit.mean)
                 if self.how == "von-mises-fisher":
                     unit = self.concentration[i] * unit
                     if self.by_norm:
-                        unit = unit * ((raw - mean).norm(dim=1, keepdim=True) / spread)
-                rows.append(unit if self.how == "concatenate" else unit @ turn)
+                        unit = unit * ((raw - fit.mean).norm(dim=1, keepdim=True) / fit.spread)
+                rows.append(unit if self.how == "concatenate" else unit @ fit.turn)
             if self.how == "concatenate":
                 return torch.cat(rows, 1) / len(rows) ** 0.5
             total = torch.stack(rows).sum(0)
@@ -220,14 +231,15 @@ class Fusion(nn.Module):
             raw = torch.cat([self.ask(i, chunk.to(device)) for chunk in faces.split(CHUNK)]).double()
             mean = raw.mean(0) * self.center
             units.append(F.normalize(raw - mean))
-            getattr(self, f"mean{i}").copy_(mean)
-            getattr(self, f"spread{i}").copy_((raw - mean).norm(dim=1).mean().clamp(min=1e-12))
+            fit = cast(Fit, self.fits[i])
+            fit.mean.copy_(mean)
+            fit.spread.copy_((raw - mean).norm(dim=1).mean().clamp(min=1e-12))
         for i, unit in enumerate(units):
             if i != self.reference:
                 left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
-                getattr(self, f"map{i}").copy_(left @ right)
+                cast(Fit, self.fits[i]).turn.copy_(left @ right)
         if processes() > 1:  # to the bit
-            for buffer in self.buffers(recurse=False):
+            for buffer in self.fits.buffers():
                 dist.broadcast(buffer, 0)
 
 

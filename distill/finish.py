@@ -30,7 +30,7 @@ from faceless.recognizer import Output, Recognizer
 
 SHOWN = 2048  # training faces looked at for the report
 # Of the record, in the student's config.
-TOLD = ("kind", "faces", "generator", "licence", "parts", "people", "identities_from")
+TOLD = ("part", "share", "kind", "real_faces", "faces", "people", "generator", "licence", "identities_from")
 
 
 def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
@@ -120,10 +120,14 @@ def student_record(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return kept | {"training_faces": training_faces(run)}
 
 
-def training_faces(run: Run) -> dict[str, Any]:
-    """What kind of faces and how many; goes into the student's own config."""
-    record = run.source.record()
-    return {key: record[key] for key in TOLD if key in record}
+def training_faces(run: Run) -> list[dict[str, Any]]:
+    """What kind of faces came from each place, and how many; goes into the student's own config."""
+    found = []
+    for record in run.source.records():
+        generator = record.get("manifest", {}).get("generator")  # of a corpus; other sources say it themselves
+        told = record if generator is None else generator | record
+        found.append({key: told[key] for key in TOLD if key in told})
+    return found
 
 
 def reals(run: Run, before: Recognizer) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.sources import Batch, Place, Rows, Source, pinned
+from distill.sources import Batch, Place, Rows, Source
+from faceless.devices import moved, pinned
 from faceless.errors import InputError
 from faceless.randomness import Rng
 from faceless.recognizer import Output, Recognizer, resize
@@ -56,6 +57,10 @@ class MixedRng(Rng):
             places.append(mine)
             first += len(part)
         return replace(self, indices=self.indices[which], parts=tuple(parts), order=torch.cat(places).argsort())
+
+    def to(self, device: torch.device) -> MixedRng:
+        parts = tuple(part.to(device) for part in self.parts)
+        return replace(self, indices=moved(self.indices, device), parts=parts, order=moved(self.order, device))
 
     def bits(self, count: int) -> Tensor:
         return torch.cat([part.bits(count) for part in self.parts])[self.order]
@@ -113,6 +118,15 @@ class MixtureSource(Source):
     def check_framing(self, wanted: str) -> str | None:
         notices = [source.check_framing(wanted) for source in self.everyone.values()]
         return "\n".join(notice for notice in notices if notice) or None
+
+    def check(self, place: Place) -> None:
+        super().check(place)
+        exact_counts(self.shares, place.batch_size)
+        for source in self.everyone.values():
+            source.check(place)
+
+    def may_be_labelled(self) -> bool:
+        return any(source.may_be_labelled() for source in self.sources.values())
 
     def write(self) -> None:
         for source in self.everyone.values():
@@ -182,7 +196,7 @@ class MixtureSource(Source):
         if self.weighs:
             ones = torch.ones(self.place.batch_size, device=self.place.device)
             every = [ones[: len(b.images)] if b.weights is None else b.weights for b in batches]
-            weights = torch.cat(every)[self.order.to(self.place.device)]
+            weights = torch.cat(every)[moved(self.order, self.place.device)]
         return MixedBatch(
             self._images(found),
             MixedRng.join([batch.rng for batch in batches], self.order),
@@ -212,8 +226,8 @@ class MixtureSource(Source):
         if all(x.dtype == torch.uint8 and x.device.type == "cpu" for x in faces.values()):
             return pinned(torch.cat(list(faces.values()))[self.order], self.place.device)
         device = self.place.device
-        mixed = torch.cat([x.to(device, torch.float32, non_blocking=True) for x in faces.values()])
-        return mixed[self.order.to(device)]
+        mixed = torch.cat([moved(x, device).float() for x in faces.values()])
+        return mixed[moved(self.order, device)]
 
     def watch(self, teacher: Recognizer, student: Recognizer) -> None:
         for source in self.everyone.values():
@@ -222,7 +236,7 @@ class MixtureSource(Source):
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
         assert isinstance(batch, MixedBatch)
         for name, (where, part) in batch.parts.items():
-            rows = where.to(student.embedding.device)
+            rows = moved(where, student.embedding.device)
             self.sources[name].feedback(part, Output(student.embedding[rows]), Output(teacher.embedding[rows]))
 
     def held_out(self) -> Tensor:
@@ -233,8 +247,7 @@ class MixtureSource(Source):
         return self._together([self.sources[name].sample(counts[name]) for name in counts if counts[name]])
 
     def generated(self, count: int) -> Tensor:
-        faces = [source.generated(count // len(self.sources)) for source in self.sources.values()]
-        return self._together([x for x in faces if len(x)] or faces[:1])
+        return self._together([source.generated(count // len(self.sources)) for source in self.sources.values()])
 
     def _together(self, faces: list[Tensor]) -> Tensor:
         side = self.size or max(x.shape[-1] for x in faces)

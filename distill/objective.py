@@ -298,40 +298,27 @@ class Objective(nn.Module):
         return tuple(dict.fromkeys(name for _, loss in self.terms() for name in loss.teacher_features))
 
     @torch.no_grad()
-    def probe(self, student: Recognizer, teacher: Recognizer) -> None:
-        """Show the losses what both networks say of two blank faces: adapters are built, and misfits show here.
+    def probe(self, student: Recognizer, teacher: Recognizer, who: str = "teacher", build: bool = True) -> None:
+        """Show the losses what both networks say of two blank faces: misfits show here.
+
+        Args:
+            who: what messages call the teacher.
+            build: make the adapters that fit these two; what was built for others must fit them if not.
 
         Raises:
             InputError: a network lacks a feature or logits that a loss wants, or a loss refuses their shapes.
         """
         said = self._said("student", student, self.student_features)
-        taught = self._said("teacher", teacher, self.teacher_features)
+        taught = self._said(who, teacher, self.teacher_features)
         self.eval()
         for name, loss in self.terms():
             try:
-                loss.prepare(said, taught)
+                if build:
+                    loss.prepare(said, taught)
                 self._show(loss, said, taught)
-            except ValueError as error:
-                raise InputError(f"losses.{name}: {error}") from error
-        self.train()
-
-    @torch.no_grad()
-    def probe_stages(self, student: Recognizer, stages: Sequence[Recognizer]) -> None:
-        """Show the losses the networks that teach before that of `probe`; what was built for it must fit them too.
-
-        Raises:
-            InputError: as for `probe`, naming the stage.
-        """
-        self.eval()
-        for number, stage in enumerate(stages, 1):
-            who = f"teacher of stage {number}"
-            said = self._said("student", student, self.student_features)
-            taught = self._said(who, stage, self.teacher_features)
-            for name, loss in self.terms():
-                try:
-                    self._show(loss, said, taught)
-                except (ValueError, RuntimeError) as error:
-                    raise InputError(f"losses.{name}: the {who} does not fit as the last one does: {error}") from error
+            except (ValueError, RuntimeError) as error:
+                fits = "" if build else f"the {who} does not fit as the last one does: "
+                raise InputError(f"losses.{name}: {fits}{error}") from error
         self.train()
 
     @staticmethod
@@ -366,8 +353,9 @@ class Objective(nn.Module):
     def _projected(self, student: Output) -> Output:
         if self.projection is None:
             return student
-        # Out of autocast, embeddings come in half precision.
-        return replace(student, embedding=self.projection(student.embedding.to(self.projection.weight.dtype)))
+        # In full precision wherever it is asked: in training, under autocast, and for validation, outside of it.
+        with torch.autocast(student.embedding.device.type, enabled=False):
+            return replace(student, embedding=self.projection(student.embedding.to(self.projection.weight.dtype)))
 
     def _scored(self, student: Output, teacher: Output) -> tuple[Output, Output]:
         if self.scores is None:

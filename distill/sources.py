@@ -31,6 +31,7 @@ from eval import benchmarks
 from eval.benchmarks.folder import listing, square
 from eval.benchmarks.prepare import crops
 from faceless import align
+from faceless.devices import moved, pinned
 from faceless.errors import InputError, suggest
 from faceless.files import read_json, sha256, visible
 from faceless.images import read_image
@@ -59,6 +60,7 @@ class Batch:
         rows: ``[B]`` int64 row numbers, and ``view`` the number of the augmented view, where faces recur; a teacher's
             answer to the same row and view is the same.
         latents: ``[B, *latent]`` that the faces were made from, where a generator is at hand.
+        shown: ``[B]`` whether a face was found in what the generator made; None where nobody looked.
         landmarks: ``[B, 5, 2]`` x and y of eyes, nose tip and mouth corners, in sides of the image from its upper left
             corner, where they are known; not finite for a face without.
         weights: ``[B]`` of the faces in the losses, from a source that `Source.weighs`.
@@ -70,6 +72,7 @@ class Batch:
     rows: Tensor | None = None
     view: int | None = None
     latents: Tensor | None = None
+    shown: Tensor | None = None
     landmarks: Tensor | None = None
     weights: Tensor | None = None
 
@@ -139,6 +142,18 @@ class Source(ABC):
         """What messages call it."""
         return type(self).__name__
 
+    def check(self, place: Place) -> None:
+        """Refuse, before `write`, what can be known to be wrong by then.
+
+        Raises:
+            InputError: a file that is named is not there, or batches cannot be split so.
+        """
+        place.share()
+
+    def may_be_labelled(self) -> bool:
+        """Whether batches may carry labels, as far as that is known before `write`."""
+        return self.labelled
+
     def write(self) -> None:  # noqa: B027
         """Make on disk what is not there yet (a corpus); called once on one process, before `prepare`."""
 
@@ -189,6 +204,7 @@ class Rows(Source):
     """A source with a fixed set of faces, shuffled anew in each epoch.
 
     Args:
+        path: where they lie.
         views: how many augmented views of each face there are; epoch e shows view e modulo ``views``. None draws a new
             view in every epoch. A teacher cache needs a number.
         in_memory: keep the decoded faces in memory.
@@ -196,11 +212,12 @@ class Rows(Source):
             has genuine pairs, which losses of pairs want; still every face once in an epoch. Needs labels if above 1.
     """
 
-    def __init__(self, *, views: int | None = None, in_memory: bool = False, together: int = 1):
+    def __init__(self, *, path: str, views: int | None = None, in_memory: bool = False, together: int = 1):
         if views is not None and views < 1:
             raise InputError(f"views is {views}; use 1 or more, or null for a new view in every epoch")
         if together < 1:
             raise InputError(f"together is {together}; use 1 for faces in any order, or more")
+        self.path = path
         self.views = views
         self.in_memory = in_memory
         self.together = together
@@ -211,6 +228,9 @@ class Rows(Source):
         self._memory: Tensor | None = None
         self._reader: ThreadPoolExecutor | None = None
 
+    def name(self) -> str:
+        return str(self.path)
+
     @abstractmethod
     def total(self) -> int:
         """Faces, held-out ones included."""
@@ -219,6 +239,7 @@ class Rows(Source):
     def read(self, rows: Tensor) -> Tensor:
         """``[n, 3, H, W]`` uint8 faces by row number."""
 
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes when any face does."""
@@ -322,11 +343,6 @@ class Rows(Source):
         return self.faces(torch.linspace(0, self.size - 1, min(count, self.size)).long())
 
 
-def pinned(images: Tensor, device: torch.device) -> Tensor:
-    """Where a GPU is to read ``images``: memory that it can copy from while the host goes on."""
-    return images.pin_memory() if device.type == "cuda" and images.device.type == "cpu" else images
-
-
 class CorpusSource(Rows):
     """A corpus of generated faces, written first if it is not there yet.
 
@@ -354,12 +370,8 @@ class CorpusSource(Rows):
         in_memory: bool = False,
         together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory, together=together)
-        self.path, self.recipe, self.limit, self.label_file = path, recipe, faces, labels
-        self.landmark_file = landmarks
-
-    def name(self) -> str:
-        return str(self.path)
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        self.recipe, self.limit, self.label_file, self.landmark_file = recipe, faces, labels, landmarks
 
     def write(self) -> None:
         if self.recipe is not None:
@@ -383,6 +395,19 @@ class CorpusSource(Rows):
             found = (self._settings().asdict()["align"] or {}).get("framing")
         return None if found is None else str(found)
 
+    def check(self, place: Place) -> None:
+        super().check(place)
+        for file in (self.label_file, self.landmark_file):
+            if file is not None and not Path(file).is_file():
+                raise InputError(f"{file}: no such file; mining/identities.py and mining/landmarks.py write them")
+
+    def may_be_labelled(self) -> bool:
+        if self.label_file is not None or self.labelled:
+            return True
+        if self.recipe is None or (Path(self.path) / "manifest.json").is_file():
+            return "identity" in Corpus(self.path).columns
+        return bool(self._settings().build().generator.identities)
+
     def prepare(self, place: Place) -> None:
         self.corpus = Corpus(self.path)
         self.real = bool(self.corpus.manifest.get("real_faces", True))
@@ -393,16 +418,17 @@ class CorpusSource(Rows):
                     f"{self.label_file}: {len(labels)} labels, and {self.path} has {len(self.corpus)} faces; "
                     "labels of another corpus, or of this one before some of its faces were removed, fit nobody here"
                 )
-            if labeled_faces(Path(self.label_file)) not in (None, self.corpus.fingerprint):
-                raise InputError(
-                    f"{self.label_file}: labels of other faces than {self.path} has now; make them again with "
-                    "mining/identities.py"
-                )
             self.labels = labels[: self.total()]
         elif "identity" in self.corpus.columns:
             self.labels = torch.as_tensor(self.corpus.column("identity"), dtype=torch.int64)[: self.total()]
         if self.landmark_file is not None:
             self.landmarks = read_landmarks(Path(self.landmark_file), len(self.corpus))
+        for file in (self.label_file, self.landmark_file):
+            if file is not None and faces_of(Path(file)) not in (None, self.corpus.fingerprint):
+                raise InputError(
+                    f"{file}: made of other faces than {self.path} has now; make it again with "
+                    f"mining/{Path(file).stem}.py"
+                )
         super().prepare(place)
 
     def total(self) -> int:
@@ -411,6 +437,7 @@ class CorpusSource(Rows):
     def read(self, rows: Tensor) -> Tensor:
         return self.corpus.images(rows)
 
+    @property
     def fingerprint(self) -> str:
         return self.corpus.fingerprint
 
@@ -419,7 +446,7 @@ class CorpusSource(Rows):
             "kind": "corpus",
             "path": str(self.path),
             "faces": self.size,
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint,
         }
         for key, file in (("labels", self.label_file), ("landmarks", self.landmark_file)):
             if file is not None:  # by contents: other clusters under the old name would be another run
@@ -430,30 +457,41 @@ class CorpusSource(Rows):
         return told | {"framing": self.framing_known(), "manifest": self.corpus.manifest}
 
 
+def check_crops(framing: str, size: int) -> None:
+    """Refuse crops that nobody cuts."""
+    if framing not in align.FRAMINGS:
+        raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
+    if not 16 <= size <= MAX_SIDE:
+        raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
+
+
+def read_npy(path: Path, what: str) -> np.ndarray:
+    """The array in a ``.npy`` file of ``what``; pickled objects are refused."""
+    try:
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file of {what} ({error})") from error
+    return found
+
+
 def read_labels(path: Path) -> Tensor:
     """``[rows]`` whole numbers from a ``.npy`` file."""
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file of labels ({error})") from error
+    found = read_npy(path, "labels")
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
         raise InputError(f"{path}: labels are one whole number for each face, these are {found.dtype} {found.shape}")
     return torch.from_numpy(found.astype(np.int64))
 
 
-def labeled_faces(path: Path) -> str | None:
-    """Fingerprint of the faces of which labels are, where `mining/identities.py` noted it beside them."""
-    if path.name != "identities.npy":
+def faces_of(path: Path) -> str | None:
+    """Fingerprint of the faces that an ``identities.npy`` or ``landmarks.npy`` is of, where mining noted it."""
+    if path.name not in ("identities.npy", "landmarks.npy"):
         return None
-    return read_json(path.with_name("identities.json")).get("fingerprint")
+    return read_json(path.with_suffix(".json")).get("fingerprint")
 
 
 def read_landmarks(path: Path, faces: int) -> Tensor:
     """``[faces, 5, 2]`` float32 from a ``.npy`` file."""
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file of landmarks ({error})") from error
+    found = read_npy(path, "landmarks")
     if found.shape != (faces, 5, 2) or found.dtype != np.float32:
         raise InputError(
             f"{path}: holds {found.dtype} {found.shape}, not float32 landmarks (5, 2) of each of {faces} faces; write "
@@ -489,16 +527,10 @@ class FolderSource(Rows):
         in_memory: bool = False,
         together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory, together=together)
-        if framing not in align.FRAMINGS:
-            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
-        if not 16 <= size <= MAX_SIDE:
-            raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
-        self.path, self.chosen, self.framing, self.side, self.aligned = path, people, framing, size, aligned
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        check_crops(framing, size)
+        self.chosen, self.framing, self.side, self.aligned = people, framing, size, aligned
         self.crops: Tensor | None = None
-
-    def name(self) -> str:
-        return str(self.path)
 
     def framing_known(self) -> str:
         return self.framing
@@ -537,17 +569,14 @@ class FolderSource(Rows):
     def _decode(self, path: Path) -> Tensor:
         return square(read_image(path), self.side, str(path), "say aligned: false to cut faces out of photographs")
 
-    def fingerprint(self) -> str:
-        return self._digest
-
     @cached_property
-    def _digest(self) -> str:
+    def fingerprint(self) -> str:
         if self.crops is not None:
             return hashlib.sha256(self.crops.numpy().tobytes()).hexdigest()
         return hashlib.sha256("".join([*map(sha256, self.paths), str(self.side)]).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        told = {"kind": "folder", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint()}
+        told = {"kind": "folder", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint}
         split = {} if self.chosen is None else {"people": self.chosen, "identities": self.names}
         return told | {"framing": self.framing, "real_faces": True} | split
 
@@ -586,19 +615,15 @@ class ParquetSource(Rows):
         in_memory: bool = False,
         together: int = 1,
     ):
-        super().__init__(views=views, in_memory=in_memory, together=together)
-        if framing not in (None, *align.FRAMINGS):
-            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}, or null")
-        if not 16 <= size <= MAX_SIDE:
-            raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
-        self.path, self.image, self.label_column, self.side, self.real = path, image, label, size, real
-        self.framing = framing
-
-    def name(self) -> str:
-        return str(self.path)
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        check_crops(framing or "dlib", size)
+        self.image, self.label_column, self.side, self.framing, self.real = image, label, size, framing, real
 
     def framing_known(self) -> str | None:
         return self.framing
+
+    def may_be_labelled(self) -> bool:
+        return self.label_column is not None
 
     def prepare(self, place: Place) -> None:
         folder = Path(self.path)
@@ -634,16 +659,13 @@ class ParquetSource(Rows):
         face = torch.from_numpy(pixels).permute(2, 0, 1)
         return square(face, self.side, f"{self.path}: row {row}", "cut the faces out of the photographs first")
 
-    def fingerprint(self) -> str:
-        return self._digest
-
     @cached_property
-    def _digest(self) -> str:
+    def fingerprint(self) -> str:
         parts = [*map(sha256, self.files), str(self.side), self.image]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        told = {"kind": "parquet", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint()}
+        told = {"kind": "parquet", "path": str(self.path), "faces": self.size, "fingerprint": self.fingerprint}
         return told | {"column": self.image, "framing": self.framing, "real_faces": self.real}
 
 
@@ -760,10 +782,9 @@ class OnlineSource(Source):
                 f"source: {type(resampling).__name__} draws between two latents, and between those of this "
                 f"{type(generator).__name__} there are none, since they hold numbers of classes or seeds; use HardPool"
             )
-        if framing not in align.FRAMINGS:
-            raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
-        if tries < 1 or not all(16 <= side <= MAX_SIDE for side in (size, detect_size)):
-            raise InputError(f"source: tries must be at least 1, and size and detect_size from 16 to {MAX_SIDE} pixels")
+        check_crops(framing, size)
+        if tries < 1 or not 16 <= detect_size <= MAX_SIDE:
+            raise InputError(f"source: tries must be at least 1, and detect_size from 16 to {MAX_SIDE} pixels")
         self.generator, self.resampling = generator, resampling
         self.landmarks, self.framing, self.side = landmarks, framing, size
         self.detect_size, self.tries = detect_size, tries
@@ -781,8 +802,11 @@ class OnlineSource(Source):
         return Rng.of(self.place.seed, purpose, samples[self.place.share()], step=0)
 
     @torch.no_grad()
-    def faces(self, rng: Rng, around: Around | None = None) -> tuple[Tensor, Tensor]:
-        """Latents and their faces; the first ones are drawn ``around`` given latents, the others afresh."""
+    def faces(self, rng: Rng, around: Around | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents, their faces, and whether a face was found in each.
+
+        The first ones are drawn ``around`` given latents, the others afresh.
+        """
         count, device = len(rng), self.place.device
         revisited = 0 if around is None else len(around.centers)
 
@@ -791,7 +815,7 @@ class OnlineSource(Source):
             again = which < revisited
             parts = []
             if around is not None and again.any():
-                rows = which[again].to(device)
+                rows = moved(which[again], device)
                 near = numbers.rows(again).child("around")
                 parts.append(self.generator.perturb(around.centers[rows], around.scales[rows], near))
             if not again.all():
@@ -800,7 +824,7 @@ class OnlineSource(Source):
 
         latents = draw(torch.arange(count), 0)
         if not self.landmarks:
-            return latents, self.generator.synthesize(latents)
+            return latents, self.generator.synthesize(latents), None
         crops = torch.zeros(count, 3, self.side, self.side)
         open_rows = torch.arange(count)
         for attempt in range(self.tries):
@@ -819,7 +843,9 @@ class OnlineSource(Source):
             open_rows = open_rows[~done]
             if not len(open_rows):
                 break
-        return latents, crops.to(device)
+        shown = torch.ones(count, dtype=torch.bool)
+        shown[open_rows] = False
+        return latents, moved(crops, device), moved(shown, device)
 
     def batch(self, step: int) -> Batch:
         around = None
@@ -827,16 +853,18 @@ class OnlineSource(Source):
             planned = self.resampling.plan(step, self.place.batch_size, self.place.seed)
             if planned is not None:
                 share, device = self.place.share(), self.place.device
-                around = Around(planned.centers[share].to(device), planned.scales[share].to(device))
-        latents, images = self.faces(self.rng("latents", step), around)
-        return Batch(images, self.rng("view", step), latents=latents)
+                around = Around(*(moved(rows[share], device) for rows in (planned.centers, planned.scales)))
+        latents, images, shown = self.faces(self.rng("latents", step), around)
+        return Batch(images, self.rng("view", step), latents=latents, shown=shown)
 
     def feedback(self, batch: Batch, student: Output, teacher: Output) -> None:
         if self.resampling is None or batch.latents is None:
             return
         step = int(batch.rng.indices[0]) // self.place.batch_size
         judged = [F.normalize(seen.embedding.detach().float()) for seen in (student, teacher)]
-        self.resampling.learn(step, gather(batch.latents), *(gather(rows) for rows in judged))
+        shown = batch.latents.new_ones(len(batch.latents)) if batch.shown is None else batch.shown.to(batch.latents)
+        latents, student_rows, teacher_rows, faces = (gather(rows) for rows in (batch.latents, *judged, shown))
+        self.resampling.learn(step, latents, student_rows, teacher_rows, faces)
 
     def held_out(self) -> Tensor:
         return self._aside("held out", self.place.held_out)
@@ -859,4 +887,5 @@ class OnlineSource(Source):
         if self.resampling is None:
             super().load_state_dict(state)
         else:
-            self.resampling.load_state_dict(state)
+            # What was kept lies where the faces are made: the next step reckons with it there, as it would have.
+            self.resampling.load_state_dict({name: item.to(self.place.device) for name, item in state.items()})

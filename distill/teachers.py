@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,13 @@ from distill.augment import Augment
 from distill.losses.margin import check_labels
 from distill.mixtures import MixedBatch
 from distill.sources import Batch, Rows
+from faceless.devices import moved
 from faceless.errors import InputError
 from faceless.files import atomic_path
 from faceless.recognizer import Output, Recognizer
 
 PART = 4096  # faces per file of a cache
+OPEN = 256  # files of a cache that are open at once; many systems allow 1,024
 CHUNK = 128  # faces per forward pass while a cache is filled; fixed, because its bits depend on it
 
 
@@ -120,13 +123,12 @@ class CachedTeacher(FrozenTeacher):
         features: tuple[str, ...] = (),
     ):
         super().__init__(recognizer, autocast, features)
-        if augment is not None and source.views is None:
-            raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
+        assert augment is None or source.views is not None, "see distill.checks.check_cache"
         self.source, self.augment = source, augment
         self.views = 1 if augment is None else source.views or 0
         key = {
             "teacher": recognizer.source.get("sha256") or recognizer.name,
-            "faces": source.fingerprint(),
+            "faces": source.fingerprint,
             "augment": None if augment is None else asdict(augment) | {"seed": seed},
             "size": source.size,
             "precision": str(autocast),
@@ -135,26 +137,25 @@ class CachedTeacher(FrozenTeacher):
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / f"teacher-{digest}"
         self.parts = -(-source.size // PART)
-        self._open: dict[tuple[int, int, str], np.ndarray] = {}
+        self._open: OrderedDict[tuple[int, int, str], np.ndarray] = OrderedDict()  # the latest
 
     def path(self, view: int, part: int, feature: str = "") -> Path:
         """Where the embeddings, or the named features, of a part of a view lie."""
         folder = self.folder / f"feature-{feature}" if feature else self.folder
         return folder / f"view-{view:03d}" / f"part-{part:06d}.npy"
 
-    def missing(self) -> list[tuple[int, int]]:
-        """``(view, part)`` of what is still to be computed."""
+    def missing(self, rank: int = 0, processes: int = 1) -> list[tuple[int, int]]:
+        """``(view, part)`` of what a process is still to compute; what is whose does not depend on what is there."""
+        everything = [(view, part) for view in range(self.views) for part in range(self.parts)]
         return [
             (view, part)
-            for view in range(self.views)
-            for part in range(self.parts)
+            for view, part in everything[rank::processes]
             if not all(self.path(view, part, name).is_file() for name in ("", *self.features))
         ]
 
     def fill(self, rank: int, processes: int, device: torch.device, progress: Callable[[Iterable], Iterable]) -> None:
         """Compute this process's share of what is missing; call it in every process, then wait for all."""
-        work = self.missing()[rank::processes]
-        for view, part in progress(work):
+        for view, part in progress(self.missing(rank, processes)):
             first = part * PART
             rows = torch.arange(first, min(first + PART, self.source.size))
             found: dict[str, list[Tensor]] = {name: [] for name in ("", *self.features)}
@@ -206,27 +207,29 @@ class CachedTeacher(FrozenTeacher):
         return sums / counts.unsqueeze(1)
 
     def _part(self, view: int, part: int, feature: str = "") -> np.ndarray:
-        if (view, part, feature) not in self._open:
-            path = self.path(view, part, feature)
+        key = view, part, feature
+        if key not in self._open:
+            path = self.path(*key)
             try:
                 block = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (ValueError, EOFError) as error:
                 raise InputError(f"{path}: damaged teacher cache ({error}); delete it and run again") from error
             rows = min(PART, self.source.size - part * PART)
             expected = (rows, *block.shape[1:]) if feature else (rows, self.recognizer.embedding_dim)
             if block.shape != expected or block.dtype != np.float32:
                 raise InputError(f"{path}: damaged teacher cache; delete it and run again")
-            self._open[view, part, feature] = block
-        return self._open[view, part, feature]
+            self._open[key] = block
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(key)
+        return self._open[key]
 
     def forward(self, images: Tensor, batch: Batch) -> Output:
         if batch.rows is None or batch.view is None:
             raise InputError("teacher_cache needs a source whose faces recur, such as CorpusSource")
         view = 0 if self.augment is None else batch.view
-        found = {
-            name: self._rows(view, batch.rows, name).to(images.device, non_blocking=True) for name in self.features
-        }
-        return Output(self._rows(view, batch.rows).to(images.device, non_blocking=True), features=found)
+        found = {name: moved(self._rows(view, batch.rows, name), images.device) for name in self.features}
+        return Output(moved(self._rows(view, batch.rows), images.device), features=found)
 
     def _rows(self, view: int, rows: Tensor, feature: str = "") -> Tensor:
         where = rows // PART
@@ -238,8 +241,7 @@ class CachedTeacher(FrozenTeacher):
                 found = torch.empty(len(rows), *block.shape[1:])
             found[chosen] = block
         assert found is not None
-        # From pinned memory a copy to the GPU does not wait.
-        return found.pin_memory() if torch.cuda.is_available() else found
+        return found
 
 
 class MixedTeacher(FrozenTeacher):
@@ -265,7 +267,7 @@ class MixedTeacher(FrozenTeacher):
             raise InputError("this teacher is for batches of a MixtureSource")
         outputs, places = [], []
         for name, (where, part) in batch.parts.items():
-            where = where.to(images.device)
+            where = moved(where, images.device)
             teacher = self.cached.get(name)
             outputs.append(self.see(images[where]) if teacher is None else teacher(images[where], part))
             places.append(where)

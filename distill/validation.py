@@ -59,20 +59,12 @@ class Validator:
         """Raw embeddings ``[N, D]`` of the teacher."""
         return torch.cat([teacher.see(chunk.to(self.device)).embedding for chunk in self.faces.split(BATCH)])
 
-    def embed(self, student: Recognizer, faces: Tensor) -> Tensor:
-        """Raw embeddings ``[N, D]`` of a student in eval mode."""
-        training = student.training
-        student.eval()
-        with torch.inference_mode():
-            found = torch.cat([student(chunk.to(self.device)).embedding for chunk in faces.split(BATCH)])
-        student.train(training)
-        return found.clone()
-
     def __call__(self, student: Recognizer) -> dict[str, float]:
         """``cosine``: mean student-teacher cosine; ``neighborhood``: agreement of the nearest neighbors."""
         if self.learning is not None:
             self.teacher = self.ask(self.learning)
-        s, t = self.objective.comparable(Output(self.embed(student, self.faces)), Output(self.teacher))
+        embedding = student.embed(self.faces, unit=False).to(self.device)
+        s, t = self.objective.comparable(Output(embedding), Output(self.teacher))
         unit_s, unit_t = F.normalize(s.embedding.float()), F.normalize(t.embedding.float())
         return {
             "cosine": float((unit_s * unit_t).sum(1).mean()),

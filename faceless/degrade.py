@@ -10,6 +10,7 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from faceless.align import template
+from faceless.devices import moved
 from faceless.randomness import Rng
 
 OCCLUDERS = ("glasses", "rectangle", "ellipse")
@@ -48,7 +49,7 @@ def face_grid(height: int, width: int, framing: str, device: torch.device) -> tu
     middle, unit = points[:2].mean(0), (points[1] - points[0]).norm()
     y = (torch.arange(height) - middle[1]) / unit
     x = (torch.arange(width) - middle[0]) / unit
-    return x.to(device).expand(height, width), y.to(device)[:, None].expand(height, width), float(unit)
+    return moved(x, device).expand(height, width), moved(y, device)[:, None].expand(height, width), float(unit)
 
 
 def mask(faces: Tensor, framing: str, rng: Rng) -> Tensor:
@@ -64,7 +65,7 @@ def mask(faces: Tensor, framing: str, rng: Rng) -> Tensor:
     Returns:
         The same shape; every face masked.
     """
-    draws = rng.uniform(12).to(faces.device)[..., None, None]
+    draws = moved(rng.uniform(12), faces.device)[..., None, None]
     top, rise, bottom, half, narrow = (
         low + (high - low) * draws[:, i]
         for i, (low, high) in enumerate(((0.3, 0.75), (0.1, 0.5), (1.55, 1.9), (0.75, 1.0), (0.3, 0.6)))
@@ -80,7 +81,7 @@ def mask(faces: Tensor, framing: str, rng: Rng) -> Tensor:
     shade = 1 - 0.25 * (x / half).square() + folds
     # Two in three are pale or dark, as most are; the others have any color.
     gray = torch.where(draws[:, 9] < 0.5, 200 + 55 * draws[:, 10], 20 + 60 * draws[:, 10])
-    color = 255 * rng.child("color").uniform(3).to(faces.device)[..., None, None]
+    color = 255 * moved(rng.child("color").uniform(3), faces.device)[..., None, None]
     color = torch.where(draws[:, 11, None] < 2 / 3, gray.unsqueeze(1) + 0.15 * (color - 128), color)
     cloth = (color * shade.unsqueeze(1)).clamp(0, 255)
     return faces + alpha.unsqueeze(1) * (cloth - faces)
@@ -95,7 +96,7 @@ def occlude(faces: Tensor, framing: str, rng: Rng) -> Tensor:
     Args:
         faces, rng: as for `mask`.
     """
-    draws = rng.uniform(10).to(faces.device)[..., None, None]
+    draws = moved(rng.uniform(10), faces.device)[..., None, None]
     x, y, unit = face_grid(faces.shape[2], faces.shape[3], framing, faces.device)
     kind = (draws[:, 0] * len(OCCLUDERS)).long()
     lens = 0.28 + 0.12 * draws[:, 1]
@@ -110,7 +111,7 @@ def occlude(faces: Tensor, framing: str, rng: Rng) -> Tensor:
     ellipse = 1 - (u / a).square() - (v / b).square()
     inside = torch.where(kind == 0, glasses, torch.where(kind == 1, rectangle, ellipse))
     alpha = (unit * inside).sigmoid().unsqueeze(1)
-    colors = 255 * rng.child("color").uniform(2, 3).to(faces.device)[..., None, None]
+    colors = 255 * moved(rng.child("color").uniform(2, 3), faces.device)[..., None, None]
     stripes = (torch.sin((4 + 16 * draws[:, 7]) * u) > 2 * draws[:, 8] - 1).unsqueeze(1)
     cloth = torch.where(stripes, colors[:, 0], colors[:, 1])
     dark = 10 + 40 * draws[:, 9, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from faceless.errors import InputError
 
@@ -31,3 +32,13 @@ def chosen_device(name: str, key: str = "device") -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"{key} is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Where a GPU is to read ``tensor``: memory that it can copy from while the host goes on."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for what the device still has to do."""
+    return pinned(tensor, device).to(device, non_blocking=True)

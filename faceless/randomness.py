@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from faceless.devices import moved
+
 _MASK = 0xFFFFFFFF
 _PIECE = 1 << 16  # samples of a permutation whose bits, some hundred bytes each, are in memory together
 
@@ -76,6 +78,10 @@ class Rng:
     def rows(self, which: Tensor | slice) -> Rng:
         """The same numbers for some of the samples."""
         return replace(self, indices=self.indices[which])
+
+    def to(self, device: torch.device) -> Rng:
+        """The same numbers, computed on ``device``; normal ones may differ there in their last bit."""
+        return replace(self, indices=moved(self.indices, device))
 
     def bits(self, count: int) -> Tensor:
         """``[n, count]`` uniform 32-bit words in int64."""

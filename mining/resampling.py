@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from faceless.errors import InputError
 from faceless.randomness import Rng
+from mining.disagreement import neighborhood, pointwise
 
 
 class Around(NamedTuple):
@@ -41,8 +42,13 @@ class Resampling(ABC):
         """Where the first so many of the ``count`` samples of a step are drawn around; the others are drawn afresh."""
 
     @abstractmethod
-    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Take in a step's latents ``[B, *latent]`` and the unit embeddings ``[B, D]`` of their faces."""
+    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor, shown: Tensor) -> None:
+        """Take in a step's latents ``[B, *latent]`` and the unit embeddings ``[B, D]`` of their faces.
+
+        Args:
+            shown: ``[B]`` whether a picture shows a face, as far as is known. What two networks disagree on most is
+                pictures without one, and drawing more of them teaches nothing.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self.state.items()}
@@ -62,7 +68,7 @@ class SynthDistillRule(Resampling):
     StyleGAN2 with coefficient 1.
 
     Args:
-        coefficient: in units of the latent's own standard deviation.
+        coefficient: the largest standard deviation, as the generator's ``perturb`` takes it.
 
     >>> import torch
     >>> SynthDistillRule(coefficient=0.5).scale(torch.tensor([1.0, 0.0, -1.0]))
@@ -88,8 +94,8 @@ class SynthDistillRule(Resampling):
             raise InputError(f"step {step} needs the feedback of step {step - 1}, which this checkpoint lacks")
         return Around(self.state["latents"], self.state["scales"])
 
-    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor) -> None:
-        # What follows an odd step is fresh.
+    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor, shown: Tensor) -> None:
+        # What follows an odd step is fresh. The rule as published knows nothing of pictures without a face.
         if step % 2 == 0:
             scales = self.scale((student * teacher).sum(1))
             self.state = {"latents": latents, "scales": scales, "step": torch.tensor(step)}
@@ -106,17 +112,30 @@ class HardPool(Resampling):
     Args:
         size: latents in the pool.
         share: of a batch that is drawn around the pool.
-        scale: standard deviation of those draws, in units of the latent's own.
+        scale: standard deviation of those draws, as the generator's ``perturb`` takes it.
         half_life: steps after which a priority counts half.
+        by: ``pointwise``: as above. ``neighborhood``: instead of 1 - cosine, how far a face's nearest among the last
+            faces differ between the two networks (`mining.disagreement.neighborhood`).
+        neighbors, memory: how many nearest, of how many faces.
     """
 
-    names = ("latents", "priority")
-
-    def __init__(self, *, size: int = 1024, share: float = 0.5, scale: float = 0.5, half_life: float = 100.0):
+    def __init__(
+        self,
+        *,
+        size: int = 1024,
+        share: float = 0.5,
+        scale: float = 0.5,
+        half_life: float = 100.0,
+        by: Literal["pointwise", "neighborhood"] = "pointwise",
+        neighbors: int = 10,
+        memory: int = 1024,
+    ):
         super().__init__()
-        check_pool(size, share, half_life, scale)
+        check_pool(min(size, neighbors, memory), share, half_life, scale)
         self.size, self.share, self.deviation = size, share, scale
         self.aging = 0.5 ** (1 / half_life)
+        self.by, self.neighbors, self.memory = by, neighbors, memory
+        self.names = ("latents", "priority") + (("student", "teacher") if by == "neighborhood" else ())
         self._drawn = torch.empty(0, dtype=torch.int64)
 
     def plan(self, step: int, count: int, seed: int) -> Around | None:
@@ -126,32 +145,42 @@ class HardPool(Resampling):
         centers = self.state["latents"][self._drawn]
         return Around(centers, torch.full((len(centers),), self.deviation))
 
-    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor) -> None:
-        disagreement = 1 - (student * teacher).sum(1)
-        drawn = len(self._drawn)
+    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor, shown: Tensor) -> None:
+        drawn, memory = len(self._drawn), {}
+        if self.by == "pointwise":
+            disagreement = pointwise(student, teacher)
+        else:
+            new = {"student": student[drawn:], "teacher": teacher[drawn:]}
+            old = {name: self.state.get(name, rows[:0]).to(rows) for name, rows in new.items()}
+            known = old if self.state else new  # the first faces have each other only
+            k = min(self.neighbors, len(known["student"]))
+            disagreement = neighborhood(student, teacher, known["student"], known["teacher"], k)
+            memory = {name: torch.cat((rows, old[name]))[: self.memory] for name, rows in new.items()}
+        disagreement = disagreement * shown
         fresh = {"latents": latents[drawn:], "priority": disagreement[drawn:]}
-        if self.state:
-            self.state = {name: tensor.to(latents) for name, tensor in self.state.items()}
-            priority = self.state["priority"] * self.aging
+        pool = {name: self.state[name].to(latents) for name in fresh} if self.state else {}
+        if pool:
             revisited = self._drawn.to(latents.device)
-            priority[revisited] = (priority[revisited] + disagreement[:drawn]) / 2
-            self.state["priority"] = priority
-        self.state = best(self.state, fresh, self.size)
+            pool["priority"] = pool["priority"] * self.aging
+            pool["priority"][revisited] = (pool["priority"][revisited] + disagreement[:drawn]) / 2
+        self.state = best(pool, fresh, self.size) | memory
         self._drawn = self._drawn[:0]
 
 
 class ConfusedPairs(Resampling):
     """Draw between faces that the student takes for alike and the teacher does not.
 
-    Each fresh face is compared with the last ones: the partner is the face whose cosine the student overrates most. A
-    share of every batch lies on the way from one latent to the other, at a random point; pairs are drawn without
-    replacement in proportion to the overrating, which ages, and is halved when a pair was drawn.
+    Each fresh face is compared with the last ones: of those that the student has nearest to it, the partner is the one
+    whose cosine it overrates most. A share of every batch lies on the way from one latent to the other, at a random
+    point; pairs are drawn without replacement in proportion to the overrating, which ages, and is halved when a pair
+    was drawn.
 
     Args:
         size: pairs that are kept.
         memory: faces of earlier steps that a new one is compared with.
+        neighbors: how many of those count as alike to the student.
         share: of a batch that is drawn between pairs.
-        scale: standard deviation around the point between the two, in units of the latent's own.
+        scale: standard deviation around the point between the two, as the generator's ``perturb`` takes it.
         half_life: steps after which a pair's priority counts half.
         keep_norm: give the point the mean of the two norms that its distances call for; for Gaussian latents, between
             two of which everything is too close to the origin. Off for latents that are meant to be mixed linearly.
@@ -165,14 +194,15 @@ class ConfusedPairs(Resampling):
         *,
         size: int = 512,
         memory: int = 1024,
+        neighbors: int = 10,
         share: float = 0.5,
         scale: float = 0.1,
         half_life: float = 100.0,
         keep_norm: bool = True,
     ):
         super().__init__()
-        check_pool(min(size, memory), share, half_life, scale)
-        self.size, self.memory, self.share, self.deviation = size, memory, share, scale
+        check_pool(min(size, memory, neighbors), share, half_life, scale)
+        self.size, self.memory, self.neighbors, self.share, self.deviation = size, memory, neighbors, share, scale
         self.aging, self.keep_norm = 0.5 ** (1 / half_life), keep_norm
         self._drawn = torch.empty(0, dtype=torch.int64)
 
@@ -185,19 +215,29 @@ class ConfusedPairs(Resampling):
         centers = between(first, second, where[:, 0], self.keep_norm)
         return Around(centers, torch.full((len(centers),), self.deviation))
 
-    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor) -> None:
-        drawn = len(self._drawn)
-        new = {"latents": latents[drawn:], "student": student[drawn:], "teacher": teacher[drawn:]}
-        self.state = {name: tensor.to(latents) for name, tensor in self.state.items()}
-        known = {name: torch.cat((new[name], self.state[name])) if self.state else new[name] for name in new}
-        overrated = new["student"] @ known["student"].T - new["teacher"] @ known["teacher"].T
-        overrated.fill_diagonal_(-torch.inf)  # the new faces come first
-        priority, partner = overrated.max(1)
-        pairs = {"first": new["latents"], "second": known["latents"][partner], "priority": priority.clamp_min(0)}
-        if self.state:
-            self.state["priority"] = self.state["priority"] * self.aging
-            self.state["priority"][self._drawn.to(latents.device)] *= 0.5
-        kept = {name: self.state[name] for name in pairs} if self.state else {}
+    def learn(self, step: int, latents: Tensor, student: Tensor, teacher: Tensor, shown: Tensor) -> None:
+        drawn, is_face = len(self._drawn), shown[:, None].to(student)
+        # A picture without a face becomes zeros: nothing about it is overrated.
+        new = {"latents": latents, "student": student * is_face, "teacher": teacher * is_face}
+        new = {name: rows[drawn:] for name, rows in new.items()}
+        known = {
+            name: torch.cat((rows, self.state[name].to(rows))) if self.state else rows for name, rows in new.items()
+        }
+        alike = new["student"] @ known["student"].T
+        alike.fill_diagonal_(-torch.inf)  # the new faces come first
+        cosines, near = alike.topk(min(self.neighbors, max(1, alike.shape[1] - 1)), dim=1)
+        apart = (new["teacher"] @ known["teacher"].T).gather(1, near)
+        priority, place = (cosines - apart).max(1)
+        partner = near.gather(1, place[:, None])[:, 0]
+        mine = torch.arange(len(partner), device=partner.device)
+        # Two new faces that choose each other are one pair.
+        again = (partner < mine) & (partner[partner.clamp(max=len(mine) - 1)] == mine)
+        priority = priority.clamp_min(0).masked_fill(again, 0)
+        pairs = {"first": new["latents"], "second": known["latents"][partner], "priority": priority}
+        kept = {name: self.state[name].to(latents) for name in pairs} if self.state else {}
+        if kept:
+            kept["priority"] = kept["priority"] * self.aging
+            kept["priority"][self._drawn.to(latents.device)] *= 0.5
         self.state = best(kept, pairs, self.size) | {name: rows[: self.memory] for name, rows in known.items()}
         self._drawn = self._drawn[:0]
 

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from distill.chain import links
 from distill.settings import Run
-from distill.train import links
 from eval import figures
 from faceless.errors import InputError, command, suggest
 from faceless.files import atomic_path, atomic_write
@@ -316,7 +316,8 @@ def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, An
 
 def several_teachers(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether the cells were taught by networks that differ: one line for all of them would be another's."""
-    return len({row.get("teacher", {}).get("mean") for row in rows}) > 1
+    means = [row["teacher"]["mean"] if "teacher" in row else math.inf for row in rows]
+    return not all(math.isclose(mean, means[0]) for mean in means)  # a mean of equal numbers need not be that number
 
 
 def ordered(found: Sequence[dict[str, Any]]) -> list[str]:

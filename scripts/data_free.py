@@ -29,10 +29,10 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import faceless
+from distill.build import make_network
 from distill.settings import Run
 from distill.sources import Place
 from distill.synthesis import SynthesisSource
-from distill.train import make_network
 from faceless.errors import InputError, command
 from faceless.files import atomic_path, atomic_write
 from faceless.settings import ROOT, parse

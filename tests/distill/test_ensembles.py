@@ -74,7 +74,7 @@ def test_a_smaller_embedding_is_embedded_isometrically_in_the_larger() -> None:
     base = matrix()
     both = fused("mean", linear(base[:, :5], **SMALL), linear(base, **SMALL))
     assert both.embedding_dim == 8
-    turn = both.fusion.map0
+    turn = both.fusion.fits[0].turn
     torch.testing.assert_close(turn @ turn.T, torch.eye(5), atol=1e-5, rtol=0)
 
 

@@ -9,13 +9,15 @@ from functools import cache
 import pytest
 
 import faceless
+from distill.build import make_objective, make_student
+from distill.chain import links
+from distill.checks import check_teacher
 from distill.cohort import alone
 from distill.ensembles import Ensemble, FusedRecognizer, Fusion
 from distill.losses.logits import ClassScores
 from distill.mixtures import MixtureSource
 from distill.settings import Run
 from distill.sources import CorpusSource
-from distill.train import check_teacher, links, make_objective, make_student
 from faceless.settings import ROOT, parse, recipe
 from synth.generate import read_settings
 
@@ -64,7 +66,7 @@ def test_recipe_builds(path) -> None:
     if run.prompts is not None:
         teacher = copy.deepcopy(teacher)
         run.prompts.into(teacher)
-    objective = make_objective(run, student, teacher)
+    objective = make_objective(run, student, [teacher])
     check_teacher(run, objective, teacher)
     labels = getattr(run.source, "label_file", None)
     for _, loss in objective.terms():

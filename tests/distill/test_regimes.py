@@ -13,11 +13,14 @@ import torch
 import yaml
 
 import faceless
+from distill.build import make_objective
+from distill.chain import links
+from distill.checks import mirrored
 from distill.ensembles import Nobody, Snapshots
 from distill.settings import Run
 from distill.sources import Batch
 from distill.teachers import FrozenTeacher, StagedTeacher
-from distill.train import links, main, make_objective, mirrored
+from distill.train import main
 from faceless.errors import InputError, command
 from faceless.files import sha256
 from faceless.randomness import Rng
@@ -346,6 +349,7 @@ def test_a_cbam_teacher_and_the_student_that_follows_its_attention(tmp_path: Pat
         "verification.benchmark": "null",
         "tensorboard": "false",
         "threads": 1,
+        "precision": "fp32",
     }
 
     def run(name: str, **changes: object) -> Path:
@@ -379,7 +383,7 @@ def test_maps_of_mirrored_faces_are_not_compared_in_silence(tmp_path: Path, teac
     for sees, flip, expected in (("face", 0.5, ["hint"]), ("face", 0.0, []), ("view", 0.5, [])):
         given = ["--config", str(path), "--teacher_sees", sees, "--augment.flip", str(flip)]
         run = links(parse(Run, given))[0].build()
-        assert mirrored(run, make_objective(run, net, net)) == expected
+        assert mirrored(run, make_objective(run, net, [net])) == expected
 
 
 def test_a_chain_cannot_ask_for_a_strangers_code(tmp_path: Path, teacher: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from distill.chain import links
 from distill.losses.contrastive import QUD
 from distill.settings import Run
-from distill.train import links
 from faceless.settings import parse
 from tests.distill.test_train import recipe
 

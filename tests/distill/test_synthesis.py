@@ -221,6 +221,7 @@ def test_a_run_from_nothing_but_a_teacher_resumes_exactly(tmp_path: Path, recipe
             "verification.benchmark": "null",
             "tensorboard": "false",
             "threads": 1,
+            "precision": "fp32",
         }
         if recipe != "data_free_dafl":
             arguments |= {f"{init}.faces": 4, f"{init}.pool": 16, f"{init}.every": 2}

@@ -84,6 +84,7 @@ def recipe(folder: Path, teacher: Path, /, **changes: Any) -> Path:
         "log_every": 1,
         "checkpoint_every": 3,
         "device": "cpu",
+        "precision": "fp32",  # whatever this CPU computes natively
         "threads": 1,
         "tensorboard": False,
         "optimizer": {"warmup": 3},
@@ -168,10 +169,15 @@ def test_a_corpus_is_written_first_and_a_teacher_cache_changes_nothing(
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+# Dropout draws from PyTorch's global state, which no checkpoint holds.
+DROPPING = {"student": {"name": "iresnet18", "input_size": 32, "options": {"dropout": 0.4}}}
+
+
+@pytest.mark.parametrize("student", [{}, DROPPING], ids=["plain", "dropout"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, student: dict
 ) -> None:
-    path = recipe(tmp_path, teacher)
+    path = recipe(tmp_path, teacher, **student)
     main(["--config", str(path), "--output", str(tmp_path / "whole")])
 
     from distill.checkpoints import Metrics
@@ -318,6 +324,36 @@ def test_mistakes_show_before_any_face_is_made(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         command(main)(["--config", str(recipe(tmp_path, teacher)), *arguments])
+    assert stop.value.code == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "corpus").exists() and not (tmp_path / "run").exists()
+
+
+HEAD = {"class_path": "distill.losses.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 4}}
+
+
+@pytest.mark.parametrize(
+    ("losses", "arguments", "line"),
+    [
+        ({"head": {"loss": HEAD}}, [], "losses.head needs labels"),
+        (None, ["--teacher_cache", "cache", "--source.init_args.views", "null"], "teacher_cache needs source"),
+        (None, ["--source.init_args.labels", "nowhere.npy"], "nowhere.npy: no such file"),
+        (None, ["--precision", "fp16"], "precision is fp16, which is for GPUs"),
+    ],
+)
+def test_what_cannot_be_shows_before_a_corpus_is_written(
+    tmp_path: Path,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+    losses: dict | None,
+    arguments: list[str],
+    line: str,
+) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(settings | {"losses": losses or settings["losses"]}))
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path), *arguments])
     assert stop.value.code == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "corpus").exists() and not (tmp_path / "run").exists()
@@ -473,7 +509,17 @@ def test_a_mixture_with_real_faces_says_so_everywhere_and_verifies_on_other_peop
     assert parts["real"]["faces_per_batch"] == 2 and parts["real"]["people"] == "1-3" and parts["real"]["faces"] == 12
     assert parts["drawn"]["faces_per_batch"] == 6 and parts["drawn"]["real_faces"] is False
     config = json.loads((run / "student" / "config.json").read_text())["record"]
-    assert config["real_faces_in_training"] and config["training_faces"]["parts"] == {"drawn": 0.75, "real": 0.25}
+    assert config["real_faces_in_training"]
+    told = {part["part"]: part for part in config["training_faces"]}
+    assert told["real"] == {
+        "part": "real",
+        "share": 0.25,
+        "kind": "folder",
+        "real_faces": True,
+        "faces": 12,
+        "people": "1-3",
+    }
+    assert told["drawn"]["generator"] == "DCGAN" and told["drawn"]["licence"] and told["drawn"]["share"] == 0.75
     # No photograph of a real person gets into the report unasked.
     shown = np.load(run / "faces.npz")["images"]
     drawn = resize(Corpus(tmp_path / "corpus").images(range(48)).float(), 32, 32).round().byte().numpy()

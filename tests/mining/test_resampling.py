@@ -12,14 +12,15 @@ from mining.resampling import ConfusedPairs, HardPool, Resampling, SynthDistillR
 RULES = {
     "synthdistill": lambda: SynthDistillRule(coefficient=0.5),
     "hard pool": lambda: HardPool(size=12, half_life=5),
+    "hard neighborhoods": lambda: HardPool(size=12, half_life=5, by="neighborhood", neighbors=3, memory=20),
     "confused pairs": lambda: ConfusedPairs(size=10, memory=20, half_life=5),
 }
 
 
-def judged(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def judged(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     numbers = torch.Generator().manual_seed(seed)
     latents, S, T = (torch.randn(count, d, generator=numbers) for d in (3, 6, 6))
-    return latents, F.normalize(S), F.normalize(T)
+    return latents, F.normalize(S), F.normalize(T), torch.ones(count)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -39,17 +40,17 @@ def test_what_is_saved_is_all_that_is_known(name: str) -> None:
     expected, found = go(rule, range(5, 12)), go(resumed, range(5, 12))
     assert len(expected) == len(found) > 4
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
-    wrong = next(make() for other, make in RULES.items() if other != name)
+    wrong = next(make() for make in RULES.values() if make().names != rule.names)
     with pytest.raises(InputError, match="another resampling than"):
         wrong.load_state_dict(rule.state_dict())
 
 
 def test_the_pool_keeps_the_hardest_fresh_latents() -> None:
     rule = HardPool(size=5, half_life=1e9)
-    latents, S, T = (torch.cat(x) for x in zip(*(judged(8, seed) for seed in range(3))))
+    latents, S, T, shown = (torch.cat(x) for x in zip(*(judged(8, seed) for seed in range(3))))
     for step in range(3):
         part = slice(8 * step, 8 * step + 8)
-        rule.learn(step, latents[part], S[part], T[part])
+        rule.learn(step, latents[part], S[part], T[part], shown[part])
     disagreement = 1 - (S * T).sum(1)
     hardest = disagreement.argsort(descending=True)[:5]
     assert torch.equal(rule.state["latents"], latents[hardest])
@@ -65,8 +66,8 @@ def test_priorities_age_and_follow_what_revisits_measure() -> None:
     assert around.scales.tolist() == pytest.approx([0.3] * 4)
     visited = [tuple(z.tolist()) for z in around.centers]
     assert len(set(visited)) == 4 and set(visited) <= set(before)
-    latents, S, T = judged(8, 1)
-    rule.learn(1, latents, S, T)
+    latents, S, T, shown = judged(8, 1)
+    rule.learn(1, latents, S, T, shown)
     measured = 1 - (S * T).sum(1)
     after = {tuple(z.tolist()): float(p) for z, p in zip(rule.state["latents"], rule.state["priority"])}
     for z, priority in before.items():
@@ -89,28 +90,78 @@ def test_draws_follow_priorities_without_repeats() -> None:
     torch.testing.assert_close(torch.bincount(drawn[:, 1], minlength=4) / 2000, torch.stack(second), atol=0.04, rtol=0)
 
 
-def test_pairs_are_those_that_the_student_overrates_most() -> None:
-    rule = ConfusedPairs(size=100, memory=100, half_life=1e9)
+def test_neighborhoods_may_decide_who_is_hard() -> None:
+    rule = HardPool(size=16, half_life=1e9, by="neighborhood", neighbors=3, memory=12)
+    faces = [judged(8, seed) for seed in range(3)]
+    for step, face in enumerate(faces):
+        rule.learn(step, *face)
+    memory = [torch.cat((faces[1][role], faces[0][role]))[:12] for role in (1, 2)]
+    nearest = [(faces[2][role] @ memory[role - 1].T).argsort(dim=1, descending=True)[:, :3] for role in (1, 2)]
+    expected = {tuple(z.tolist()): 1 - len({*s.tolist()} & {*t.tolist()}) / 3 for z, s, t in zip(faces[2][0], *nearest)}
+    found = {tuple(z.tolist()): float(p) for z, p in zip(rule.state["latents"], rule.state["priority"])}
+    there = set(found) & set(expected)
+    assert len(there) > 2 and all(found[z] == pytest.approx(expected[z], abs=1e-6) for z in there)
+    assert len({tuple(row.tolist()) for row in rule.state["student"]}) == 12
+    worst = max(expected.values())
+    assert {z for z, value in expected.items() if value == worst} <= set(found)
+
+
+def test_pictures_without_a_face_are_not_drawn_again() -> None:
+    latents, S, T, shown = judged(32, 0)
+    shown[::4] = 0
+    S[::4] = -T[::4]  # nothing else is disagreed on as much
+    broken = {tuple(z.tolist()) for z in latents[::4]}
+    for by in ("pointwise", "neighborhood"):
+        pool = HardPool(size=20, by=by)
+        pool.learn(0, latents, S, T, shown)
+        assert not broken & {tuple(z.tolist()) for z in pool.state["latents"]}
+    pairs = ConfusedPairs(size=20)
+    pairs.learn(0, latents, S, T, shown)
+    drawn = pairs.state["priority"] > 0
+    ends = torch.cat((pairs.state["first"][drawn], pairs.state["second"][drawn]))
+    assert len(ends) > 8
+    assert not broken & {tuple(z.tolist()) for z in ends}
+
+
+def test_pairs_are_those_near_to_the_student_that_it_overrates_most() -> None:
+    rule = ConfusedPairs(size=100, memory=100, neighbors=4, half_life=1e9)
     first = judged(6, 0)
     second = judged(6, 1)
     rule.learn(0, *first)
+    before = {tuple(a.tolist()) for a in rule.state["first"]}
     rule.learn(1, *second)
-    latents, S, T = (torch.cat(pair) for pair in zip(second, first))
-    overrated = S @ S.T - T @ T.T
-    overrated.fill_diagonal_(-9)
+    latents, S, T, _ = (torch.cat(pair) for pair in zip(second, first))
+    alike = S @ S.T
+    alike.fill_diagonal_(-9)
+    near = alike.argsort(dim=1, descending=True)[:, :4]
+    overrated = torch.full_like(alike, -9).scatter(1, near, (alike - T @ T.T).gather(1, near))
     found = {
         tuple(a.tolist()): (b, float(p))
         for a, b, p in zip(rule.state["first"], rule.state["second"], rule.state["priority"])
     }
-    for i in range(6):  # the later faces chose among all twelve
-        partner, priority = found[tuple(latents[i].tolist())]
-        assert torch.equal(partner, latents[overrated[i].argmax()])
-        assert priority == pytest.approx(float(overrated[i].max()), abs=1e-5)
+    partners = overrated[:6].argmax(1)
+    for i, partner in enumerate(partners.tolist()):  # the later faces chose among all twelve
+        end, priority = found[tuple(latents[i].tolist())]
+        assert torch.equal(end, latents[partner])
+        once = partner < i and int(partners[partner]) == i  # the other one's pair already
+        assert priority == pytest.approx(0 if once else max(0, float(overrated[i].max())), abs=1e-5)
+    assert before <= set(found)
     around = rule.plan(2, 8, seed=0)
     assert around is not None
     assert len(around.centers) == 4
     rule.learn(2, *judged(8, 2))
     assert len(rule.state["latents"]) == 16, "four fresh faces of the last eight are remembered"
+
+
+def test_two_faces_that_choose_each_other_are_one_pair() -> None:
+    rule = ConfusedPairs(size=8, neighbors=1)
+    eye = torch.eye(6)
+    S = torch.stack((eye[0], eye[0], eye[1], eye[1]))
+    rule.learn(0, eye[:4], S, eye[:4], torch.ones(4))
+    assert sorted(rule.state["priority"].tolist()) == [0, 0, 1, 1]
+    kept = rule.state["priority"] > 0
+    assert rule.state["first"][kept].tolist() == eye[[0, 2]].tolist()
+    assert rule.state["second"][kept].tolist() == eye[[1, 3]].tolist()
 
 
 def test_points_between_keep_the_norm_of_gaussian_latents() -> None:

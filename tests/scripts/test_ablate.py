@@ -93,6 +93,8 @@ def test_cells_of_several_teachers_name_the_figure_of_each(tmp_path: Path) -> No
     assert head.endswith("| teacher's EER, % | n |")
     assert first.endswith("| 1.00 | 1 |") and second.endswith("| 2.00 | 1 |")
     assert not any(line.startswith("| teacher |") for line in rest)
+    almost = [{"teacher": {"mean": mean}} for mean in (0.1 + 0.2, 0.3)]
+    assert not ablate.several_teachers(almost), "the mean of equal numbers need not be that number"
 
 
 def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""A chain of runs: assistants, generations. Each link is a run, taught by the student of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.build import make_objective, make_student
+from distill.checkpoints import check_same_settings
+from distill.checks import check_cache, check_teacher, check_weights
+from distill.cohort import alone
+from distill.ensembles import load_teachers
+from distill.settings import Run
+from faceless.errors import InputError
+from faceless.recognizer import Recognizer
+from faceless.settings import Settings
+
+
+def links(settings: Settings[Run]) -> list[Settings[Run]]:
+    """The runs of a chain, each with the student of the one before as its teacher; or the one run there is.
+
+    Raises:
+        InputError: a link names what is no key, or what the chain sets by itself.
+    """
+    plain = settings.asdict()
+    if not (chain := plain["chain"]):
+        return [seeded(settings)]
+    found, teacher = [], plain["teacher"]
+    for number, changes in enumerate(chain, 1):
+        if odd := [key for key in changes if not isinstance(key, str)]:
+            raise InputError(f"chain: link {number} has the key {odd[0]}; name dotted keys of the recipe")
+        if taken := {"teacher", "output", "chain"} & {key.split(".")[0] for key in changes}:
+            raise InputError(f"chain: link {number} sets {min(taken)}, which follows from the chain")
+        if shared := {"precision", "device"} & set(changes):
+            raise InputError(f"chain: link {number} sets {min(shared)}, which is one for the whole chain")
+        output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
+        own = {"seed": plain["seed"] + number - 1} | changes  # generations start from other weights
+        found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
+        teacher = f"{output}/student"
+    return found
+
+
+def finished(link: Settings[Run]) -> bool:
+    """Whether a link was trained before.
+
+    Raises:
+        InputError: it was, under other settings.
+    """
+    plain = link.asdict()
+    folder = Path(plain["output"])
+    if not (folder / "report.html").is_file():
+        return False
+    check_same_settings(folder / "settings.yaml", plain)
+    return True
+
+
+def check_links(chain: list[Settings[Run]]) -> None:
+    """Build what each link that is still to train names, and show its losses its two networks, before the first trains.
+
+    Raises:
+        InputError: naming the link that would stop the chain, and why.
+    """
+    untrained: dict[str | None, Recognizer] = {}  # by where they are going to lie
+    for number, link in enumerate(chain, 1):
+        if finished(link):
+            continue
+        try:
+            run = link.build()
+            known = untrained.get(run.teacher) if isinstance(run.teacher, str) else None
+            teachers = load_teachers(run.teacher) if known is None else [known]
+            teacher = teachers[-1]
+            student = untrained.get(run.student.start)
+            if student is None:
+                if run.prompts is not None:
+                    run.prompts.into(teacher)
+                student = make_student(run, teacher)
+                objective = make_objective(run, student, teachers)
+                check_cache(run)
+                check_weights(run, objective)
+                check_teacher(run, objective, teacher)
+        except InputError as error:
+            raise InputError(f"chain: link {number}: {error}") from error
+        untrained[f"{run.output}/student"] = alone(student)
+
+
+def seeded(settings: Settings[Run]) -> Settings[Run]:
+    """Give the losses and prompts that name no seed that of the run, so that runs of other seeds draw other numbers."""
+    plain = settings.asdict()
+    nameless = unseeded({key: plain[key] for key in ("losses", "prompts")})
+    return settings.changed(dict.fromkeys(nameless, plain["seed"]))
+
+
+def unseeded(settings: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Dotted keys of the seeds that are null, however deep."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from unseeded(value, f"{above}{name}.")
+        elif name == "seed" and value is None:
+            yield f"{above}{name}"

@@ -1,0 +1,113 @@
+"""Settings of a run that do not go together, said before it starts."""
+
+from __future__ import annotations
+
+from distill.ensembles import Nobody
+from distill.losses.base import FaceLoss
+from distill.losses.cross_architecture import URFM, PromptGuard
+from distill.losses.features import FeatureLoss
+from distill.mixtures import MixtureSource
+from distill.objective import Objective
+from distill.settings import Run
+from distill.sources import Rows
+from faceless.errors import InputError
+from faceless.recognizer import Recognizer
+
+
+def check_cache(run: Run) -> None:
+    """Compare the teacher's cache with the faces.
+
+    Raises:
+        InputError: they do not recur, or not in a known number of views.
+    """
+    if run.teacher_cache is None:
+        return
+    sources = run.source.sources.values() if isinstance(run.source, MixtureSource) else [run.source]
+    recurring = [source for source in sources if isinstance(source, Rows)]
+    if not recurring:
+        raise InputError(f"teacher_cache: {type(run.source).__name__} never shows a face twice; remove teacher_cache")
+    if run.teacher_sees == "view" and any(source.views is None for source in recurring):
+        raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
+
+
+def check_labelled(run: Run, objective: Objective, labelled: bool) -> None:
+    """Compare whether the faces have identities with what the losses need.
+
+    Raises:
+        InputError: naming the loss, or the setting, that does not fit.
+    """
+    name, source = type(run.source).__name__, run.source
+    if objective.needs_labels and not labelled and run.pseudo_identities is None:
+        raise InputError(
+            f"losses.{objective.needs_labels[0]} needs labels, and {name} has none; "
+            "for a corpus, pseudo_identities makes some"
+        )
+    if run.pseudo_identities is not None and not isinstance(source, Rows):
+        raise InputError(f"pseudo_identities are clusters of the faces of one corpus, and {name} is none")
+
+
+def check_classes(run: Run, objective: Objective) -> None:
+    """Compare how many identities the faces have with what the losses need.
+
+    Raises:
+        InputError: naming the loss, or the setting, that does not fit.
+    """
+    source = run.source
+    classes = run.pseudo_identities or source.classes
+    for term, loss in objective.terms():
+        if loss.classes is not None and classes > loss.classes:
+            raise InputError(f"losses.{term} is for {loss.classes} classes, and the faces have {classes} identities")
+    if objective.needs_centers and not (isinstance(source, Rows) and run.teacher_cache is not None and classes > 1):
+        wants = "classifier" if run.classifier is not None else "a loss of frozen centers"
+        raise InputError(
+            f"{wants} needs the mean teacher embedding of each identity: set teacher_cache, and a labelled source "
+            "or pseudo_identities"
+        )
+
+
+def check_weights(run: Run, objective: Objective) -> None:
+    """Compare the weights of the faces with what the losses can do.
+
+    Raises:
+        InputError: the source gives its faces weights, and a loss cannot take them.
+    """
+    for term, loss in objective.terms():
+        if run.source.weighs and not isinstance(loss, FaceLoss):
+            raise InputError(
+                f"losses.{term}: {type(loss).__name__} is no mean over single faces, and cannot weight them as this "
+                "source asks; use another loss, or set the source's correction to [0, 0]"
+            )
+
+
+def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:
+    """Compare what the losses take the teacher for with what it is.
+
+    Raises:
+        InputError: naming the loss, or the setting, that does not fit.
+    """
+    pupils = []
+    for name, loss in objective.terms():
+        if isinstance(run.teacher, Nobody) and loss.needs_teacher:
+            raise InputError(f"losses.{name}: {type(loss).__name__} learns from a teacher, and there is none")
+        if isinstance(loss, URFM) and loss.framing != teacher.spec.framing:
+            raise InputError(
+                f"losses.{name}: framing is {loss.framing}, and the teacher knows {teacher.spec.framing} crops"
+            )
+        if isinstance(loss, PromptGuard) and run.adaptive is not None and run.adaptive.rule in ("matched", "literal"):
+            raise InputError(
+                f"adaptive.rule {run.adaptive.rule} follows gradients of the student, and losses.{name} has none: "
+                "use magnitude or learned, or weights that stay"
+            )
+        if isinstance(loss, FeatureLoss) and loss.teacher_learns:
+            pupils.append(name)
+    if pupils and run.prompts is None:
+        raise InputError(f"losses.{pupils[0]}: teacher_learns is for a teacher with prompts; set prompts")
+    if run.prompts is not None and not pupils:
+        raise InputError("prompts: no loss lets the teacher learn; set teacher_learns of URFM")
+
+
+def mirrored(run: Run, objective: Objective) -> list[str]:
+    """Losses between feature maps whose left is the teacher's right."""
+    if run.teacher_sees == "view" or not run.augment.flip:
+        return []
+    return [name for name, loss in objective.terms() if loss.student_features and loss.teacher_features]
