@@ -6,7 +6,7 @@ an `EmbeddingIndex` of a whole corpus (`neighborhoods`, `disagreeing_pairs`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class Threshold:
     Attributes:
         value: the lowest cosine that accepts at most the share ``far`` of the pairs.
         far: the false match rate asked for.
-        pairs: impostor pairs that it was found on; below 30 / far it is a guess.
+        pairs: different impostor pairs, at most, that it was found on; below 30 / far it is a guess.
         spread: standard deviation of the impostors' cosines.
     """
 
@@ -176,7 +176,9 @@ def impostor_threshold(
             stranger = (labels[drawn] != labels[other]) | (labels[drawn] < 0)
             drawn, other = drawn[stranger], other[stranger]
         cosines.append(_cosines(rows, drawn, other))
-    return threshold_of(np.concatenate(cosines), far)
+    found = threshold_of(np.concatenate(cosines), far)
+    # Of few faces the same pairs are drawn many times over.
+    return replace(found, pairs=min(found.pairs, len(rows) * (len(rows) - 1) // 2))
 
 
 def threshold_of(impostors: Floats, far: float) -> Threshold:
@@ -207,7 +209,7 @@ class Pairs:
         missed: ``[P]`` whether it is the same face to the teacher (else the student confuses two).
         severity: ``[P]`` how far both cosines lie on the two sides of their thresholds, in standard deviations of
             impostor cosines.
-        cut: faces with more others above a threshold than they have neighbors, whose farther pairs were not looked at.
+        cut: faces all of whose neighbors are above a threshold, so that more may be, which were not looked at.
     """
 
     first: Ids

@@ -23,6 +23,7 @@ TOGETHER = 1 << 17  # rows that are looked up together, list by list,
 LOOKUPS = 1 << 24  # unless each of them looks into so many lists that this is more
 PRODUCTS = 1 << 24  # cosines that are in memory at a time then
 TUNED = 1024  # rows whose neighbors an approximate index is tuned on
+GPU_MOST = 2048  # neighbors, and lists looked into, of a search on a GPU
 MIN_PER_LIST = 39  # FAISS's own least number of training rows for each list
 
 
@@ -69,6 +70,8 @@ class EmbeddingIndex:
             raise InputError(f"metric is {metric!r}; use cosine or l2")
         if kind == "auto":
             kind = "flat" if size <= FLAT_UP_TO else "ivf"
+        if kind == "ivf" and size < 1:
+            raise InputError("an ivf index needs size, the rows that are expected: its number of lists follows from it")
         self.gpu = gpu
         measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
         if kind == "flat":
@@ -102,6 +105,7 @@ class EmbeddingIndex:
             recall: of the ``k`` nearest that an approximate index is tuned to, on 1024 of the rows; see `tune`.
             seed: of the rows that it is trained and tuned on.
         """
+        kind = "flat" if len(rows) < 2 else kind  # nothing to find lists or links among
         index = cls(rows.shape[1], metric=metric, kind=kind, size=len(rows), gpu=gpu)
         order = permutation(seed, "index sample", len(rows)).numpy() if index.kind != "flat" else None
         if index.kind == "ivf":
@@ -138,9 +142,10 @@ class EmbeddingIndex:
     def effort(self, value: int) -> None:
         if self.kind == "ivf":
             self.index.nprobe = min(value, self.index.nlist)
+            if self._on_gpu is not None:
+                self._on_gpu.nprobe = min(value, GPU_MOST)
         elif self.kind == "hnsw":
             self.index.hnsw.efSearch = value
-        self._on_gpu = None
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
@@ -179,7 +184,7 @@ class EmbeddingIndex:
             worst score (-inf or inf).
         """
         scores, ids = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
-        searcher = self._searcher()
+        searcher = self._searcher(k)
         for first in range(0, len(rows), CHUNK):
             part = slice(first, first + CHUNK)
             found, where = searcher.search(self._ready(rows[part]), k)
@@ -192,10 +197,10 @@ class EmbeddingIndex:
         Args:
             rows: ``[n, D]``, those numbered from ``first`` on.
         """
-        k = min(k, len(self) - 1)
+        k = max(0, min(k, len(self) - 1))
         scores, ids = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
         everything = self.kind == "ivf" and len(rows) == len(self)
-        together = everything and self.metric == "cosine" and self._searcher() is self.index
+        together = everything and self.metric == "cosine" and self._searcher(k + 1) is self.index
         order: Ids = self._by_list() - first if everything else np.arange(len(rows))
         step = max(CHUNK, min(TOGETHER, LOOKUPS // self.effort)) if together else CHUNK
         # Small corpora are done before a bar is worth a look.
@@ -268,6 +273,8 @@ class EmbeddingIndex:
             ``limits [n + 1]``, and scores and row numbers ``[limits[-1]]``: those of query i lie from ``limits[i]`` to
             ``limits[i + 1]``, the nearest first.
         """
+        if self.metric == "l2" and radius < 0:
+            raise ValueError(f"radius is {radius}; distances are not negative")
         # FAISS leaves out what lies on the radius.
         bound = (
             np.nextafter(np.float32(radius), np.float32(-np.inf))
@@ -349,7 +356,8 @@ class EmbeddingIndex:
         """Read an index that `save` wrote here; FAISS's reader is not made for files of strangers.
 
         Args:
-            memory_map: leave the rows on the disk until they are looked at; such an index cannot grow.
+            memory_map: leave the rows on the disk until they are looked at; such an index cannot grow. One of kind ivf
+                takes the memory of all rows for a moment while FAISS opens it.
 
         Raises:
             InputError: there is no such file, or it is damaged.
@@ -385,11 +393,12 @@ class EmbeddingIndex:
         order = np.lexsort((ids, -scores if self.metric == "cosine" else scores), axis=1)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
 
-    def _searcher(self) -> Any:
-        # The CPU build knows no GPU resources; the GPU build may find no GPU.
+    def _searcher(self, k: int) -> Any:
+        # The CPU build knows no GPU resources; the GPU build may find no GPU, and refuses larger searches there.
         if (
             not self.gpu
             or self.kind == "hnsw"
+            or max(k, self.effort) > GPU_MOST
             or not hasattr(faiss, "StandardGpuResources")
             or not faiss.get_num_gpus()
         ):

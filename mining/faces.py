@@ -148,6 +148,7 @@ class Faces:
             for (shard, group), found in wanted.items():
                 parts.append(numbers(self._group(shard, group, name), what)[[inside for _, inside in found]])
             places = np.argsort([place for found in wanted.values() for place, _ in found]).tolist()
+        parts = [part for part in parts if len(part)] or parts[:1]
         if len({part.shape[1:] for part in parts}) > 1:
             raise InputError(f"{what} holds lists of unequal length")
         return np.concatenate(parts)[places]
@@ -220,6 +221,8 @@ def numbers(array: pa.Array, what: str) -> np.ndarray:
     if not even or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise InputError(f"{what} holds no numbers, or lists of unequal length")
     found: np.ndarray = values.to_numpy(zero_copy_only=False)
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise InputError(f"{what} holds numbers that are not finite")
     return found.reshape(len(array), -1) if lists and len(array) else found
 
 
@@ -233,8 +236,10 @@ def check_framing(faces: Faces, recognizer: Recognizer, name: str) -> None:
 
 
 def digest(recognizer: Recognizer) -> str:
-    """SHA-256 of what a recognizer computes with: its input convention and its weights."""
-    found = hashlib.sha256(json.dumps(recognizer.spec.asdict(), sort_keys=True).encode())
+    """SHA-256 of what a recognizer computes with: its input convention, its architecture and its weights."""
+    told = [recognizer.spec.asdict(), recognizer.name, recognizer.options]
+    found = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    found.update(getattr(recognizer.backbone, "model", b""))  # a graph that onnxruntime computes holds its own weights
     for name, tensor in sorted(recognizer.state_dict().items()):
         found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import faceless
 from faceless.errors import InputError, command
 from faceless.files import atomic_path, atomic_write, check_folder
+from faceless.randomness import Rng
 from faceless.settings import Settings, parse
-from mining.disagreement import impostor_threshold
+from mining.disagreement import Threshold, impostor_threshold
 from mining.embedding_index import EmbeddingIndex, Floats, Ids
 from mining.faces import Faces, check_framing, embeddings, unit
 
@@ -136,16 +137,32 @@ def remaining(count: int, later: Ids, earlier: Ids) -> np.ndarray:
     return state == 1
 
 
-def criterion(rows: Floats, centers: Floats, labels: Ids, threshold: float) -> tuple[float, float]:
+def criterion(rows: Floats, centers: Floats, labels: Ids, threshold: Threshold, seed: int = 0) -> tuple[float, float]:
     """What a number of clusters is chosen by: the first value minus the second, both in 0..1.
 
+    The first falls where clusters hold several people, the second rises where people are cut into several clusters.
+    Among more centers, more accept one that is a stranger's by chance; that much is taken away.
+
+    Args:
+        threshold: with the rate at which strangers accept each other.
+
     Returns:
-        The share of faces that their center would accept at ``threshold``, and the share of centers that would accept
-        another center.
+        The share of faces that accept another face of their cluster, drawn at random (one that is alone accepts
+        nobody), and the share of centers that are an earlier one over again (`distinct`), beyond chance.
     """
-    inside = np.einsum("nd,nd->n", rows, centers[labels]) >= threshold
-    nearest = EmbeddingIndex.of(centers).neighbors(centers, 1)[0][:, 0]
-    return float(inside.mean()), float((nearest >= threshold).mean())
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=len(centers))
+    starts, own = np.cumsum(sizes) - sizes, sizes[labels[order]]
+    place = np.arange(len(rows)) - starts[labels[order]]
+    draws = Rng.of(seed, "another of the cluster", range(len(rows))).uniform(1)[:, 0].numpy()
+    step = 1 + (draws * np.maximum(own - 1, 1)).astype(np.int64)
+    partner = order[starts[labels[order]] + (place + step) % own]
+    inside = (np.einsum("nd,nd->n", rows[order], rows[partner]) >= threshold.value) & (own > 1)
+    # The i-th of so many strangers is taken for one of those before it with the chance 1 - (1 - far)^i.
+    k, far = len(centers), threshold.far
+    by_chance = 1 - (1 - (1 - far) ** k) / (k * far)
+    again = 1 - distinct(centers, threshold.value) / k
+    return float(inside.mean()), max(0.0, (again - by_chance) / (1 - by_chance))
 
 
 def refine(
@@ -172,13 +189,19 @@ def refine(
     sizes = np.bincount(labels, minlength=len(centers))
     together = (labels[ids] == labels[:, None]).sum(1)
     core = 2 * together >= np.minimum(ids.shape[1], np.maximum(sizes[labels] - 1, 1))
-    moved = np.zeros_like(centers)
-    np.add.at(moved, labels[core], rows[core])
-    moved = unit(moved[np.bincount(labels[core], minlength=len(centers)) > 0])
+    sums = np.zeros_like(centers)
+    np.add.at(sums, labels[core], rows[core])
+    left = np.bincount(labels[core], minlength=len(centers)) > 0
+    sums = sums[left]
+    moved = unit(sums)
     if not len(moved):
         return np.full(len(rows), -1), np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
     scores, nearest = EmbeddingIndex.of(moved).search(rows, min(2, len(moved)))
     cosines = scores[:, 0]
+    # A face makes the mean of its core, and any mean of a few accepts them: only the others of the core may judge.
+    own = np.flatnonzero(core & (nearest[:, 0] == (np.cumsum(left) - 1)[labels]))
+    others = unit(sums[nearest[own, 0]] - rows[own])
+    cosines[own] = np.einsum("nd,nd->n", rows[own], others)
     lead = cosines - scores[:, 1] if len(moved) > 1 else np.full(len(rows), np.float32(2))
     found = np.where((cosines >= threshold) & (lead >= margin), nearest[:, 0], -1)
     sizes = np.bincount(found[found >= 0], minlength=len(moved))
@@ -218,11 +241,14 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
     count, unique = settings.clusters, None
     if count is None:
         unique = distinct(rows, threshold.value)
-        for factor in settings.sweep:
-            k = min(max(2, round(factor * unique)), len(rows))
-            inside, between = criterion(rows, *cluster(rows, k, seed=settings.seed, rounds=10), threshold.value)
-            tried.append({"clusters": k, "faces accepted": inside, "centers confused": between})
-        count = max(tried, key=lambda row: row["faces accepted"] - row["centers confused"])["clusters"]
+        for k in sorted({min(max(2, round(factor * unique)), len(rows)) for factor in settings.sweep}):
+            inside, between = criterion(
+                rows, *cluster(rows, k, seed=settings.seed, rounds=10), threshold, settings.seed
+            )
+            tried.append({"clusters": k, "faces that accept another": inside, "centers over again": between})
+        count = max(tried, key=lambda row: row["faces that accept another"] - row["centers over again"])["clusters"]
+        if len(tried) > 1 and count in (tried[0]["clusters"], tried[-1]["clusters"]):
+            print(f"{count} clusters are at the edge of the sweep; widen --sweep, or name --clusters yourself")
     centers, labels = cluster(rows, count, seed=settings.seed, restarts=3)
     refined, cosines, lead = refine(
         rows,
@@ -250,11 +276,12 @@ def identify(settings: Identities, progress: bool = True) -> dict[str, Any]:
         summary["purity"] = {"clusters": purity(labels, truth), "identities": purity(refined, truth)}
     buffer = io.BytesIO()
     np.save(buffer, refined, allow_pickle=False)
+    # First what faces the labels are of: without it, labels that a killed command left would fit any.
+    atomic_write(output / "identities.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(output / "identities.npy", buffer.getvalue())
     columns = {"row": np.arange(len(faces)), "identity": refined, "cosine": cosines, "lead": lead}
     with atomic_path(output / "identities.parquet") as temporary, temporary.open("wb") as file:
         pq.write_table(pa.table(columns), file)
-    atomic_write(output / "identities.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 

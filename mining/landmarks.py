@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Marking:
         corpus: folder of parquet shards with cropped faces.
         output: folder for ``landmarks.npy``: ``[faces, 5, 2]`` float32, x and y of eyes, nose tip and mouth corners in
             sides of the image from its upper left corner; NaN where no face was found. What ``CorpusSource`` takes as
-            ``landmarks``.
+            ``landmarks``; ``landmarks.json`` beside it names the faces.
         detect_size: side to which faces are enlarged for the detector, whose windows are 80 pixels wide.
     """
 
@@ -68,6 +69,8 @@ def mark(settings: Marking, progress: bool = True) -> Floats:
             rows = range(first, min(first + PART, len(faces)))
             _write(path, landmarks(faces.images(rows), settings.detect_size).numpy())
     whole = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
+    note = {"fingerprint": faces.fingerprint, "faces": len(faces), "detect_size": settings.detect_size}
+    atomic_write(output / "landmarks.json", json.dumps(note, indent=1) + "\n")
     _write(output / "landmarks.npy", whole)
     for path in paths:
         path.unlink()

@@ -30,6 +30,7 @@ from mining.disagreement import (
     neighborhoods,
     pointwise,
 )
+from mining.embedding_index import CHUNK
 from mining.faces import Faces, Floats, check_framing, embeddings, unit
 
 
@@ -107,9 +108,11 @@ def mine(settings: Mining, progress: bool = True) -> dict[str, Any]:
     near = neighborhoods(S, T, settings.neighbors)
     scores = {"overlap": 1 - near.overlap, "rbo": 1 - near.rbo}
     if S.shape == T.shape:
-        scores["pointwise"] = pointwise(torch.from_numpy(S), torch.from_numpy(T)).numpy()
+        student, teacher = (torch.from_numpy(rows).split(CHUNK) for rows in (S, T))
+        scores["pointwise"] = torch.cat([pointwise(s, t) for s, t in zip(student, teacher)]).numpy()
     rows = np.flatnonzero(passed)
-    rows = rows[np.argsort(-scores[settings.rank_by][rows], kind="stable")][: settings.keep]
+    # Overlap has few values; among faces of one, rank-biased overlap tells who is harder.
+    rows = rows[np.lexsort((-scores["rbo"][rows], -scores[settings.rank_by][rows]))][: settings.keep]
     decisions = {far: decide(S, T, far, near, labels, settings.seed) for far in settings.fars}
 
     judges = {
@@ -139,6 +142,8 @@ def gated(faces: Faces, raw: Floats, share: float) -> np.ndarray:
     passed = np.ones(len(faces), bool)
     measures = [np.linalg.norm(raw, axis=1)] + ([faces.column("score")] if "score" in faces.columns else [])
     for values in measures:
+        if values.ndim > 1:
+            raise InputError(f"{faces.folder}: column score holds lists, and is to be one number for each face")
         passed &= values >= np.quantile(values, share)
     return passed
 
@@ -159,8 +164,13 @@ def write_rows(
     columns |= {name: pa.array(values[rows], pa.float32()) for name, values in scores.items()}
     if "latent" in faces.columns:
         latents = faces.column("latent", rows).astype(np.float32)
+        if latents.ndim != 2:
+            raise InputError(f"{faces.folder}: column latent holds single numbers, and is to hold a list for each face")
         columns["latent"] = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), latents.shape[1])
-    table = pa.table(columns).replace_schema_metadata({"judges": json.dumps(judges)})
+    notes = {"judges": json.dumps(judges)}
+    if "generator" in faces.manifest:
+        notes["generator"] = json.dumps(faces.manifest["generator"], sort_keys=True)
+    table = pa.table(columns).replace_schema_metadata(notes)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         pq.write_table(table, file)
 
@@ -237,11 +247,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = settings.build()
     summary = mine(made)
     means = ", ".join(f"{name} {value:.3f}" for name, value in summary["mean"].items())
-    pairs = "; ".join(
-        f"at FAR {far} pairs missed {found['missed']}, confused {found['confused']}"
-        for far, found in summary["pairs"].items()
-    )
-    print(f"{made.output}: mean disagreement {means}; {pairs}")
+    print(f"{made.output}: mean disagreement {means}")
+    for far, found in summary["pairs"].items():
+        least = "at least " if found["faces_cut_at_k"] else ""
+        print(f"pairs at FAR {far}: missed {least}{found['missed']:,}, confused {least}{found['confused']:,}")
+        if least:
+            faces = f"{found['faces_cut_at_k']:,} faces"
+            print(f"  all {made.neighbors} neighbors of {faces} are above a threshold; raise --neighbors to see more")
+        if (pairs := min(threshold["pairs"] for threshold in found["thresholds"].values())) < 30 / float(far):
+            print(f"  the thresholds are a guess: {pairs:,} pairs of strangers, and {30 / float(far):,.0f} are wanted")
 
 
 if __name__ == "__main__":

@@ -76,11 +76,32 @@ def judges(path: str | Path) -> dict[str, Any]:
     return dict(found)
 
 
+def check_generator(path: Path, made: Generation) -> None:
+    """Compare the generator whose latents a file holds, where ``mining/mine.py`` noted it, with that of the settings.
+
+    Raises:
+        InputError: it is another; its latents would be noise to this one.
+    """
+    note = (pq.read_schema(path).metadata or {}).get(b"generator")
+    if note is None:
+        return
+    here = json.loads(json.dumps(made.generator.provenance(), default=str))
+    try:
+        there = dict(json.loads(note))
+        known = [key for key in ("generator", "weights_sha256", "space") if key in there]
+        other = next((key for key in known if there[key] != here.get(key)), None)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: its note about the generator is damaged; mine it again") from error
+    if other is not None:
+        said, wanted = (str(found.get(other))[:80] for found in (there, here))
+        raise InputError(f"{path}: its latents are of another generator ({other} {said}, and here {wanted})")
+
+
 def unpack(made: Generation, folder: Path) -> None:
     """Copy the latents of ``made.around`` to a folder, row by row, as plain numbers.
 
     Raises:
-        InputError: no such file, or it does not hold latents of the generator's size.
+        InputError: no such file, or it does not hold latents of this generator.
     """
     if made.around is None or (folder / LATENTS).is_file():
         return
@@ -91,6 +112,7 @@ def unpack(made: Generation, folder: Path) -> None:
         if "latent" not in names or not count:
             raise InputError(f"{path}: no latents to draw near; its columns are {', '.join(names)}, its rows {count}")
         judges(path)  # a damaged note shows now, and not when the corpus is finished
+        check_generator(path, made)
         scores: list[np.ndarray] = []
         with atomic_path(folder / LATENTS) as target:
             out = np.lib.format.open_memmap(target, "w+", np.float32, (count, size))

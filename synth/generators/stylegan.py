@@ -211,7 +211,8 @@ class StyleGAN(Generator):
         return torch.cat((latents[:, : step.shape[1]] + step, rest), 1)
 
     def provenance(self) -> dict[str, Any]:
-        return super().provenance() | {"weights_sha256": self.weights_sha256, "converted_from": self.source}
+        told = {"weights_sha256": self.weights_sha256, "converted_from": self.source, "space": self.space}
+        return super().provenance() | told
 
 
 def synthdistill_box(side: int) -> tuple[int, int, int, int]:

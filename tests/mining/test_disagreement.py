@@ -100,6 +100,7 @@ def test_thresholds_accept_no_more_than_their_rate() -> None:
     labels = np.arange(3000) // 1500
     mixed = impostor_threshold(rows(3000, dim=64), 0.05, labels=labels, pairs=60_000)
     assert 0.45 < mixed.pairs / 60_000 < 0.55
+    assert impostor_threshold(rows(50), 1e-3).pairs == 50 * 49 / 2, "fifty faces have no more pairs, however many drawn"
     for bad in (0.0, 1.0):
         with pytest.raises(ValueError, match="between 0 and 1"):
             impostor_threshold(rows(10), bad)

@@ -169,6 +169,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         EmbeddingIndex(2).add(np.array([[0, np.nan]], np.float32))
     with pytest.raises(InputError, match="no such index"):
         EmbeddingIndex.load(tmp_path / "none")
+    with pytest.raises(InputError, match="an ivf index needs size"):
+        EmbeddingIndex(4, kind="ivf")
+    with pytest.raises(ValueError, match="radius is -5; distances are not negative"):
+        EmbeddingIndex.of(clustered(50), metric="l2").within(clustered(50), -5)
     index = EmbeddingIndex.of(clustered(50), kind="flat")
     index.save(tmp_path / "cut")
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:500])
@@ -217,11 +221,21 @@ def test_rows_far_from_all_others_have_neighbors_too() -> None:
     assert index.effort == effort
 
 
+@pytest.mark.parametrize("kind", ["auto", "flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_hardly_any_rows(kind: str, count: int) -> None:
+    rows = clustered(50)[:count]
+    index = EmbeddingIndex.of(rows, kind=kind)
+    scores, ids = index.neighbors(rows, 5)
+    assert scores.shape == ids.shape == (count, max(0, count - 1))
+    assert ids.ravel().tolist() == ([1, 0] if count == 2 else [])
+
+
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same() -> None:
     rows = clustered(5000)
     there = EmbeddingIndex.of(rows, kind="flat")
-    if there._searcher() is there.index:
+    if there._searcher(10) is there.index:
         pytest.skip("this FAISS has no GPU")
     here = EmbeddingIndex.of(rows, kind="flat", gpu=False)
     np.testing.assert_allclose(there.search(rows, 5)[0], here.search(rows, 5)[0], atol=1e-5)

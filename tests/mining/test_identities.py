@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceless.errors import InputError
+from mining.disagreement import impostor_threshold
 from mining.faces import Faces, unit
 from mining.identities import cluster, criterion, distinct, main, purity, refine, remaining
 from tests.mining.tiny_corpus import network, pictures, write
 
 
-def people(count: int, faces: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def people(count: int, faces: int, spread: float, seed: int = 0, dim: int = 32) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.random.default_rng(seed)
-    centers = unit(numbers.standard_normal((count, 32)).astype(np.float32))
+    centers = unit(numbers.standard_normal((count, dim)).astype(np.float32))
     truth = np.repeat(np.arange(count), faces)
-    return unit(centers[truth] + spread * numbers.standard_normal((len(truth), 32)).astype(np.float32)), truth
+    return unit(centers[truth] + spread * numbers.standard_normal((len(truth), dim)).astype(np.float32)), truth
 
 
 def test_separate_people_are_found_again() -> None:
@@ -56,15 +57,29 @@ def test_rounds_drop_what_one_by_one_drops(count: int, ties: list[tuple[int, int
     assert remaining(count, later, earlier).tolist() == stays
 
 
-def test_the_criterion_prefers_the_true_number() -> None:
-    rows, _ = people(6, 40, 0.08)
-    assert distinct(rows, 0.6) == 6
+@pytest.mark.parametrize("count, faces", [(60, 20), (60, 6), (200, 5)])
+def test_the_criterion_prefers_the_true_number(count: int, faces: int) -> None:
+    """Half as many clusters hold two people each, and look as tight from their centers; twice as many cut people."""
+    rows, truth = people(count, faces, 0.06, dim=128)
+    threshold = impostor_threshold(rows, 1e-3, labels=truth)
+    assert distinct(rows, threshold.value) == pytest.approx(count, rel=0.02)
     value = {}
-    for k in (2, 6, 60):
-        inside, between = criterion(rows, *cluster(rows, k, restarts=10), threshold=0.7)
-        value[k] = inside - between
-    assert value[6] > 0.9
-    assert value[6] > max(value[2], value[60]) + 0.1
+    for factor in (0.5, 0.7, 1.0, 1.4, 2.0):
+        inside, between = criterion(rows, *cluster(rows, round(factor * count), rounds=10), threshold)
+        value[factor] = inside - between
+    assert max(value, key=lambda factor: value[factor]) == 1.0
+    assert criterion(rows, unit(np.eye(count, 128, dtype=np.float32)), truth, threshold) == (1.0, 0.0)
+    assert criterion(rows, rows, np.arange(len(rows)), threshold)[0] == 0, "who is alone accepts nobody"
+
+
+def test_unrelated_faces_hardly_get_identities() -> None:
+    """The mean of a few unrelated faces is near to each of them, since they make it."""
+    rows, _ = people(400, 1, 0.0, dim=128)
+    threshold = impostor_threshold(rows, 1e-3)
+    centers, labels = cluster(rows, 100)
+    own = np.einsum("nd,nd->n", rows, centers[labels])
+    assert (own >= threshold.value).mean() > 0.7
+    assert (refine(rows, centers, labels, threshold.value)[0] >= 0).mean() < 0.15
 
 
 def test_refinement_drops_strays_and_keeps_the_rest() -> None:

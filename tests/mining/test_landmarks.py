@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.sources import read_landmarks
+from distill.sources import CorpusSource, faces_of, read_landmarks
 from faceless import align, assets
 from mining import landmarks
+from mining.faces import Faces
 from mining.landmarks import Marking, main, mark
 from tests.mining.tiny_corpus import pictures, write
 
@@ -66,7 +67,7 @@ def test_a_stopped_search_goes_on_and_faces_without_landmarks_are_told(
     main(["--corpus", str(corpus), "--output", str(tmp_path / "out"), "--detect_size", "80"])
     assert asked == [4, 4, 4, 2], "the first part was kept"
     assert "0 of 10 faces" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["landmarks.npy"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["landmarks.json", "landmarks.npy"]
     found = read_landmarks(tmp_path / "out" / "landmarks.npy", 10)
     assert found.shape == (10, 5, 2) and found.isnan().all()
 
@@ -80,4 +81,6 @@ def test_what_is_left_of_another_corpus_or_size_is_not_taken(tmp_path: Path, mon
         with pytest.raises(StoppedError):
             mark(Marking(corpus=str(corpus), output=out, detect_size=size), progress=False)
     mark(Marking(corpus=str(second), output=out, detect_size=96), progress=False)
+    found = CorpusSource(path=str(second), landmarks=f"{out}/landmarks.npy")
+    assert faces_of(Path(found.landmark_file or "")) == Faces(second).fingerprint
     assert asked == [4, 2] * 3, "every face of the other corpus, and of the other size, was looked at"

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import faceless
 from faceless.errors import InputError
+from faceless.recognizer import InputSpec, Recognizer
 from mining.disagreement import impostor_threshold
-from mining.faces import Faces, embeddings, unit
+from mining.faces import Faces, digest, embeddings, unit
 from mining.identities import main as identify
 from mining.mine import main
 from synth.near import judges
@@ -97,6 +99,48 @@ def test_the_hardest_faces_are_written_with_their_latents(corpus: Path, tmp_path
         assert found["thresholds"]["teacher"] == pytest.approx(expected, abs=1e-5)
     assert (out / "hardest.png").read_bytes().startswith(b"\x89PNG")
     assert "disagreement" in (out / "disagreement.svg").read_text()
+
+
+def test_faces_of_one_overlap_are_told_apart_and_what_is_cut_is_said(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student = (network(tmp_path / name, seed) for seed, name in enumerate(("teacher", "student")))
+    out = tmp_path / "out"
+    given = ["--corpus", str(corpus), "--teacher", teacher, "--student", student, "--output", str(out), "--gate", "0"]
+    main([*given, "--rank_by", "overlap", "--neighbors", "2", "--fars", "[0.2]", "--cache", str(tmp_path / "cache")])
+    table = pq.read_table(out / "mined.parquet")
+    assert len(set(table["overlap"].to_pylist())) <= 3
+    order = list(zip(table["overlap"].to_pylist(), table["rbo"].to_pylist()))
+    assert order == sorted(order, reverse=True)
+    said = capsys.readouterr().out
+    assert "missed at least" in said and "raise --neighbors" in said
+    main([*given, "--neighbors", "59", "--fars", "[0.001]", "--cache", str(tmp_path / "cache")])
+    said = capsys.readouterr().out
+    assert "at least" not in said and "a guess: 1,770 pairs of strangers, and 30,000 are wanted" in said
+
+
+def test_networks_without_parameters_are_told_apart() -> None:
+    """A graph that onnxruntime computes has its weights in itself."""
+    graphs = [nn.Identity() for _ in range(3)]
+    for graph, model in zip(graphs, (b"one", b"two", b"one")):
+        graph.model, graph.embedding_dim = model, 4
+    one, two, again = (digest(Recognizer(graph, InputSpec(), name="onnx")) for graph in graphs)
+    assert one == again != two
+
+
+def test_scores_and_latents_that_are_none_are_one_line(tmp_path: Path) -> None:
+    teacher, student = (network(tmp_path / name, seed) for seed, name in enumerate(("teacher", "student")))
+    images, scores = pictures(np.arange(20)), np.linspace(0, 1, 20).astype(np.float32)
+    broken = scores.copy()
+    broken[3] = np.nan
+    for name, columns, line in (
+        ("nan", {"score": broken}, "column 'score' holds numbers that are not finite"),
+        ("lists", {"score": np.ones((20, 2), np.float32)}, "column score holds lists"),
+        ("single", {"latent": scores}, "column latent holds single numbers"),
+    ):
+        faces = str(write(tmp_path / name, images, **columns))
+        with pytest.raises(InputError, match=line):
+            main(["--corpus", faces, "--teacher", teacher, "--student", student, "--cache", str(tmp_path / "cache")])
 
 
 def test_with_labels_only_pairs_that_the_teacher_decides_rightly_count(tmp_path: Path) -> None:

@@ -259,6 +259,24 @@ class TestAround:
             with pytest.raises(InputError, match="note about teacher and student is damaged"):
                 judges(path)
 
+    def test_latents_of_another_generator_are_refused(self, tmp_path):
+        """As many numbers, and noise to this one."""
+        latents = np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32)
+        path = self.mined(tmp_path / "mined.parquet", latents)
+        own = DCGAN(None, channels=8).provenance()
+        table = pq.read_table(path)
+        for note, line in (
+            (own | {"weights_sha256": "0" * 64}, "of another generator .weights_sha256 0000"),
+            (own | {"generator": "StyleGAN2"}, "of another generator .generator StyleGAN2, and here DCGAN"),
+            ([1], "note about the generator is damaged"),
+        ):
+            pq.write_table(table.replace_schema_metadata({"generator": json.dumps(note)}), path)
+            with pytest.raises(InputError, match=line):
+                generate(settings(tmp_path / "bad", count=10, around=path), progress=False)
+            assert not (tmp_path / "bad").exists()
+        pq.write_table(table.replace_schema_metadata({"generator": json.dumps(own)}), path)
+        assert len(generate(settings(tmp_path / "near", count=10, around=path), progress=False)) == 10
+
     def test_without_scores_each_in_turn_and_at_scale_0_the_same(self, tmp_path):
         latents = np.random.default_rng(0).normal(size=(7, 100)).astype(np.float16)
         path = self.mined(tmp_path / "mined.parquet", latents)
