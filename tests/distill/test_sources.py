@@ -247,6 +247,7 @@ def test_a_run_compares_framings_before_it_makes_a_face(tmp_path: Path) -> None:
         "losses": loss,
         "verification": {"benchmark": None},
         "device": "cpu",
+        "precision": "fp32",
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match="are dlib crops, and the teacher knows arcface crops"):

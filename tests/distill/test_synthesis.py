@@ -142,6 +142,7 @@ def test_a_loss_that_cannot_weight_faces_is_refused_before_the_first_step(tmp_pa
         "config": "distill/recipes/data_free_ssd.yaml",
         "teacher": tmp_path / "teacher",
         "output": tmp_path / "run",
+        "precision": "fp32",
     }
     loss = {"loss": {"class_path": "distill.losses.relational.RKDDistance"}}
     given |= {"verification.benchmark": "null", "losses": json.dumps({"relations": loss})}
