@@ -14,7 +14,7 @@ import faceless
 from distill.cohort import Cohort
 from distill.ensembles import FusedRecognizer
 from distill.identities import stored
-from distill.mixtures import MixtureSource
+from distill.mixtures import MixtureSource, recurring
 from distill.objective import Objective
 from distill.prompts import PromptedTeacher
 from distill.settings import Run, Student
@@ -116,12 +116,10 @@ def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Acc
         return PromptedTeacher(net, dtype, objective.teacher_features)
     if run.teacher_cache is None:
         return FrozenTeacher(net, dtype, objective.teacher_features)
-    sources = run.source.sources if isinstance(run.source, MixtureSource) else {"": run.source}
-    recurring = {name: source for name, source in sources.items() if isinstance(source, Rows)}
     augment = run.augment if run.teacher_sees == "view" else None
     hidden = not accelerator.is_local_main_process
     caches: dict[str, CachedTeacher] = {}
-    for name, source in recurring.items():
+    for name, source in recurring(run.source).items():
         caches[name] = CachedTeacher(
             net,
             dtype,
@@ -138,8 +136,8 @@ def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Acc
             lambda work: tqdm(work, desc="teacher", unit="part", disable=hidden or not work),
         )
     accelerator.wait_for_everyone()
-    if objective.centering is not None and len(caches) == len(sources):
-        shares = run.source.shares if isinstance(run.source, MixtureSource) else {"": 1.0}
+    shares = run.source.shares if isinstance(run.source, MixtureSource) else {"": 1.0}
+    if objective.centering is not None and len(caches) == len(shares):
         means = torch.stack([shares[name] * cache.mean() for name, cache in caches.items()])
         objective.centering.prime(means.sum(0))
     if isinstance(run.source, MixtureSource):

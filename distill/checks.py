@@ -6,10 +6,11 @@ from distill.ensembles import Nobody
 from distill.losses.base import FaceLoss
 from distill.losses.cross_architecture import URFM, PromptGuard
 from distill.losses.features import FeatureLoss
-from distill.mixtures import MixtureSource
+from distill.mixtures import recurring
 from distill.objective import Objective
 from distill.settings import Run
 from distill.sources import Rows
+from distill.teachers import check_views
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
 
@@ -22,12 +23,10 @@ def check_cache(run: Run) -> None:
     """
     if run.teacher_cache is None:
         return
-    sources = run.source.sources.values() if isinstance(run.source, MixtureSource) else [run.source]
-    recurring = [source for source in sources if isinstance(source, Rows)]
-    if not recurring:
+    if not (found := recurring(run.source)):
         raise InputError(f"teacher_cache: {type(run.source).__name__} never shows a face twice; remove teacher_cache")
-    if run.teacher_sees == "view" and any(source.views is None for source in recurring):
-        raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
+    for source in found.values():
+        check_views(source, augmented=run.teacher_sees == "view")
 
 
 def check_labelled(run: Run, objective: Objective, labelled: bool) -> None:

@@ -282,6 +282,12 @@ class MixtureSource(Source):
             source.load_state_dict(mine)
 
 
+def recurring(source: Source) -> dict[str, Rows]:
+    """The sources of fixed faces in a mixture, by name; or the one that there is, under no name, if it is such."""
+    sources = source.sources if isinstance(source, MixtureSource) else {"": source}
+    return {name: part for name, part in sources.items() if isinstance(part, Rows)}
+
+
 def exact_counts(shares: dict[str, float], batch_size: int) -> dict[str, int]:
     """Faces per batch of each part.
 

@@ -457,9 +457,9 @@ class CorpusSource(Rows):
         return told | {"framing": self.framing_known(), "manifest": self.corpus.manifest}
 
 
-def check_crops(framing: str, size: int) -> None:
-    """Refuse crops that nobody cuts."""
-    if framing not in align.FRAMINGS:
+def check_crops(framing: str | None, size: int) -> None:
+    """Refuse crops that nobody cuts; of those that nobody says how they are cut, None, only the size can be wrong."""
+    if framing not in (None, *align.FRAMINGS):
         raise InputError(f"framing is {framing!r}; use one of {', '.join(align.FRAMINGS)}")
     if not 16 <= size <= MAX_SIDE:
         raise InputError(f"size is {size}; use 16 to {MAX_SIDE} pixels")
@@ -616,7 +616,7 @@ class ParquetSource(Rows):
         together: int = 1,
     ):
         super().__init__(path=path, views=views, in_memory=in_memory, together=together)
-        check_crops(framing or "dlib", size)
+        check_crops(framing, size)
         self.image, self.label_column, self.side, self.framing, self.real = image, label, size, framing, real
 
     def framing_known(self) -> str | None:

@@ -123,7 +123,7 @@ class CachedTeacher(FrozenTeacher):
         features: tuple[str, ...] = (),
     ):
         super().__init__(recognizer, autocast, features)
-        assert augment is None or source.views is not None, "see distill.checks.check_cache"
+        check_views(source, augmented=augment is not None)
         self.source, self.augment = source, augment
         self.views = 1 if augment is None else source.views or 0
         key = {
@@ -242,6 +242,16 @@ class CachedTeacher(FrozenTeacher):
             found[chosen] = block
         assert found is not None
         return found
+
+
+def check_views(source: Rows, augmented: bool) -> None:
+    """Refuse to keep the answers to views of which there is no end.
+
+    Raises:
+        InputError: the teacher sees augmented faces, and a source draws new views in every epoch.
+    """
+    if augmented and source.views is None:
+        raise InputError("teacher_cache needs source.init_args.views: how many views of each face are to be kept")
 
 
 class MixedTeacher(FrozenTeacher):

@@ -36,6 +36,7 @@ from distill.settings import Optimizer, Run
 from distill.sources import Place
 from distill.validation import Validator
 from faceless import processes
+from faceless.devices import moved
 from faceless.errors import InputError, command
 from faceless.files import atomic_write, check_folder
 from faceless.randomness import Rng
@@ -178,7 +179,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     with bar:
         while step < run.steps:
             batch = run.source.batch(step)
-            faces = batch.images.to(device, non_blocking=True)
+            faces = moved(batch.images, device)
             images = run.augment(faces, batch.rng)
             done = step / run.steps
             teacher.at(done)
@@ -189,11 +190,11 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
             torch.manual_seed(dropout_seed(run.seed, step, accelerator.process_index))
             out = trained(images, features=bare_objective.student_features)
             if batch.landmarks is not None:
-                moved = run.augment.points(batch.landmarks, batch.rng)
-                out.features["landmarks"] = moved.to(device, non_blocking=True)
-                kept = moved if run.teacher_sees == "view" else batch.landmarks
-                seen.features["landmarks"] = kept.to(device, non_blocking=True)
-            labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+                points = run.augment.points(batch.landmarks, batch.rng)
+                out.features["landmarks"] = moved(points, device)
+                kept = points if run.teacher_sees == "view" else batch.landmarks
+                seen.features["landmarks"] = moved(kept, device)
+            labels = None if batch.labels is None else moved(batch.labels, device)
             loss, terms = objective(out, seen, labels, batch.weights)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)

@@ -220,9 +220,7 @@ class ConfusedPairs(Resampling):
         # A picture without a face becomes zeros: nothing about it is overrated.
         new = {"latents": latents, "student": student * is_face, "teacher": teacher * is_face}
         new = {name: rows[drawn:] for name, rows in new.items()}
-        known = {
-            name: torch.cat((rows, self.state[name].to(rows))) if self.state else rows for name, rows in new.items()
-        }
+        known = {name: torch.cat((rows, self.state.get(name, rows[:0]).to(rows))) for name, rows in new.items()}
         alike = new["student"] @ known["student"].T
         alike.fill_diagonal_(-torch.inf)  # the new faces come first
         cosines, near = alike.topk(min(self.neighbors, max(1, alike.shape[1] - 1)), dim=1)

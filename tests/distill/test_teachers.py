@@ -85,6 +85,12 @@ def test_damage_is_named(source: FolderSource, tmp_path: Path) -> None:
         teacher(torch.zeros(4, 3, 32, 32), source.batch(0))
 
 
+def test_views_must_be_counted(source: FolderSource, tmp_path: Path) -> None:
+    source.views = None
+    with pytest.raises(InputError, match="views"):
+        cached(source, tmp_path)
+
+
 def test_a_frozen_teacher_stays_frozen() -> None:
     teacher = FrozenTeacher(net())
     teacher.train()
