@@ -104,9 +104,20 @@ def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, acceler
     for net in nets:
         net.to(accelerator.device)
         if isinstance(net, FusedRecognizer):
-            net.calibrate(run.source.sample(net.faces))
-    stages = [make_stage(run, net, objective, accelerator) for net in nets]
-    return stages[0] if len(stages) == 1 else StagedTeacher(stages)
+            faces = run.source.sample(net.faces)
+            if run.teacher_sees == "view":  # faces that are blurred have another mean
+                faces = run.augment(faces, Rng.of(run.seed, "calibration", range(len(faces))))
+            net.calibrate(faces)
+    stages, means = [], []
+    for number, net in enumerate(nets, 1):
+        stages.append(make_stage(run, net, objective, accelerator))
+        if len(nets) > 1 and objective.centering is not None:
+            if not objective.centering.primed:
+                raise InputError(f"center: not all faces recur, so the mean of stage {number} is unknown: use false")
+            means.append(objective.centering.mean.clone())
+    # The objective takes the last stage's mean away.
+    shifts = [means[-1] - mean for mean in means]
+    return stages[0] if len(stages) == 1 else StagedTeacher(stages, shifts)
 
 
 def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:

@@ -35,7 +35,8 @@ def links(settings: Settings[Run]) -> list[Settings[Run]]:
         if shared := {"precision", "device"} & set(changes):
             raise InputError(f"chain: link {number} sets {min(shared)}, which is one for the whole chain")
         output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
-        own = {"seed": plain["seed"] + number - 1} | changes  # generations start from other weights
+        # Generations start from other weights, and chains of neighboring seeds have no link in common.
+        own = {"seed": (plain["seed"] + 1000 * (len(chain) - number)) % 2**32} | changes
         found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
         teacher = f"{output}/student"
     return found

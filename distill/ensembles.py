@@ -46,7 +46,9 @@ class Ensemble(Teachers):
         center: subtract each member's mean embedding first. The recipe's own ``center`` is then not needed.
         by_norm: let the norm of a (centered) embedding say how sure its member is of the face, for von Mises-Fisher.
         weights: how concentrated each member is on the average, for von Mises-Fisher; None takes all for alike.
-        faces: how many faces of the source the members are aligned on, before training starts.
+        embedding_dim: D of a concatenation, of which the principal directions are kept; None keeps all numbers.
+        faces: how many faces of the source the members are aligned on, before training starts; as the run's teacher
+            sees them.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Ensemble(Teachers):
         center: bool = True,
         by_norm: bool = True,
         weights: list[float] | None = None,
+        embedding_dim: int | None = None,
         faces: int = 1024,
     ):
         if len(members) < 2:
@@ -65,14 +68,19 @@ class Ensemble(Teachers):
             raise InputError(f"teacher.weights are {weights}; give each of {len(members)} members a positive one")
         if weights is not None and fusion != "von-mises-fisher":
             raise InputError(f"teacher.weights are for fusion von-mises-fisher; {fusion} takes all members for alike")
+        if embedding_dim is not None and (embedding_dim < 1 or fusion != "concatenate"):
+            raise InputError(
+                f"teacher.embedding_dim is {embedding_dim}: it is positive, and for fusion concatenate; others have "
+                "that of their widest member"
+            )
         if faces < 2:
             raise InputError(f"teacher.faces is {faces}; an ensemble is aligned on 2 faces or more")
         self.members, self.fusion, self.center, self.by_norm, self.faces = members, fusion, center, by_norm, faces
-        self.weights = weights
+        self.weights, self.embedding_dim = weights, embedding_dim
 
     def load(self) -> list[Recognizer]:
         nets = [faceless.load(source) for source in self.members]
-        fusion = Fusion(nets, self.fusion, self.center, self.by_norm, self.weights)
+        fusion = Fusion(nets, self.fusion, self.center, self.by_norm, self.weights, self.embedding_dim)
         return [FusedRecognizer(fusion, self.faces)]
 
 
@@ -151,6 +159,9 @@ class Fusion(nn.Module):
     unit embeddings closest to those of the member of the largest D (Procrustes; Schönemann, 1966).
 
     - ``concatenate``: all ``u`` side by side, divided by the root of their number: the cosine is the mean of theirs.
+      With ``embedding_dim``, what they are along so many of their principal directions, which are orthogonal: of all
+      maps to so few numbers the one that keeps most of their products. A learned map would distort them, as a student
+      is deployed without it.
     - ``mean``: the mean of ``u R``, whose norm is 1 where the members agree.
     - ``von-mises-fisher``: each member says ``k u R``, the natural parameter of a von Mises-Fisher distribution, and
       their mean is that of the fused one: its direction is the target and its norm the concentration, small where
@@ -161,14 +172,15 @@ class Fusion(nn.Module):
     Args:
         members: the recognizers; each resizes and normalizes for itself, and is shown faces in its own framing.
         how: as above.
-        center, by_norm, weights: see `Ensemble`.
+        center, by_norm, weights, embedding_dim: see `Ensemble`.
 
     Shape:
-        images ``[B, 3, H, W]`` in the framing of the first member; returns ``[B, D]``: the sum of all D when
-        concatenated, else the largest.
+        images ``[B, 3, H, W]`` in the framing of the first member; returns ``[B, D]``: the sum of all D, or
+        ``embedding_dim``, when concatenated, else the largest.
     """
 
     concentration: Tensor
+    basis: Tensor
 
     def __init__(
         self,
@@ -177,6 +189,7 @@ class Fusion(nn.Module):
         center: bool = True,
         by_norm: bool = True,
         weights: Sequence[float] | None = None,
+        embedding_dim: int | None = None,
     ):
         super().__init__()
         self.members = nn.ModuleList(members)
@@ -184,6 +197,12 @@ class Fusion(nn.Module):
         dims = [member.embedding_dim for member in members]
         self.reference = dims.index(max(dims))
         self.embedding_dim = sum(dims) if how == "concatenate" else max(dims)
+        self.reduced = embedding_dim is not None
+        if embedding_dim is not None:
+            if embedding_dim > self.embedding_dim:
+                raise InputError(f"teacher.embedding_dim is {embedding_dim}; the members have {self.embedding_dim}")
+            self.register_buffer("basis", torch.eye(self.embedding_dim, embedding_dim), persistent=False)
+            self.embedding_dim = embedding_dim
         self.framing = members[0].spec.framing
         self.fits = nn.ModuleList(Fit(dim, max(dims)) for dim in dims)
         shares = torch.tensor([1.0] * len(dims) if weights is None else list(weights))
@@ -212,7 +231,8 @@ class Fusion(nn.Module):
                         unit = unit * ((raw - fit.mean).norm(dim=1, keepdim=True) / fit.spread)
                 rows.append(unit if self.how == "concatenate" else unit @ fit.turn)
             if self.how == "concatenate":
-                return torch.cat(rows, 1) / len(rows) ** 0.5
+                wide = torch.cat(rows, 1) / len(rows) ** 0.5
+                return wide @ self.basis if self.reduced else wide
             total = torch.stack(rows).sum(0)
             return total if self.how == "von-mises-fisher" else total / len(rows)
 
@@ -224,8 +244,9 @@ class Fusion(nn.Module):
             InputError: there are fewer faces than numbers in an embedding.
         """
         dims = [cast(Recognizer, member).embedding_dim for member in self.members]
-        if self.how != "concatenate" and len(faces) < max(dims):
-            raise InputError(f"{len(faces)} faces cannot align embeddings of {max(dims)} numbers: raise teacher.faces")
+        needed = self.embedding_dim if self.reduced else max(dims) * (self.how != "concatenate")
+        if len(faces) < needed:
+            raise InputError(f"{len(faces)} faces cannot align embeddings of {needed} numbers: raise teacher.faces")
         device, units = self.concentration.device, []
         for i in range(len(dims)):
             raw = torch.cat([self.ask(i, chunk.to(device)) for chunk in faces.split(CHUNK)]).double()
@@ -238,8 +259,10 @@ class Fusion(nn.Module):
             if i != self.reference:
                 left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
                 cast(Fit, self.fits[i]).turn.copy_(left @ right)
+        if self.reduced:
+            self.basis.copy_(torch.linalg.svd(torch.cat(units, 1), full_matrices=False)[2][: self.embedding_dim].T)
         if processes() > 1:  # to the bit
-            for buffer in self.fits.buffers():
+            for buffer in (*self.fits.buffers(), *([self.basis] if self.reduced else [])):
                 dist.broadcast(buffer, 0)
 
 
@@ -255,7 +278,7 @@ class FusedRecognizer(Recognizer):
         members = [cast(Recognizer, member) for member in fusion.members]
         side = max(max(member.spec.height, member.spec.width) for member in members)
         settings = {"fusion": fusion.how, "center": fusion.center, "by_norm": fusion.by_norm, "faces": faces}
-        settings["weights"] = fusion.concentration.tolist()
+        settings |= {"weights": fusion.concentration.tolist(), "embedding_dim": fusion.embedding_dim}
         known = [member.source.get("sha256") or member.name for member in members]
         digest = hashlib.sha256(json.dumps([known, settings]).encode()).hexdigest()
         named = [{"name": member.name, "embedding_dim": member.embedding_dim} | member.source for member in members]

@@ -37,10 +37,11 @@ class Adaptive:
             ``learned``: each weight is exp(-a) times the fixed one, and a, which learns along, costs a times that
             (uncertainty weights: Kendall, Gal, Cipolla, CVPR 2018, with s = a); its optimum is the fixed weight divided
             by the term. Nothing is bounded to a share then, and the total may be negative.
-        every: steps between two refreshes.
+        every: steps between two refreshes; the first so many steps refresh each.
         momentum: of the running mean of the norms, 0 for the latest only.
         lowest, highest: bounds of a weight, as a share of all weights together, before these are scaled to their sum.
-            A term whose gradient vanishes would otherwise take all of it.
+            A term whose gradient vanishes would otherwise take all of it. One without any, as of a memory that is still
+            empty, does not count: it keeps what it had, at first its fixed weight.
     """
 
     rule: Literal["matched", "literal", "magnitude", "learned"] = "matched"
@@ -82,7 +83,7 @@ class GradientBalance(nn.Module):
         self.step = 0
         self.register_buffer("shares", torch.tensor([weights[name] for name in losses]), persistent=False)
         self.register_buffer("norms", torch.zeros(len(losses)))
-        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(len(losses)))
         order = list(range(len(losses)))
         if settings.rule == "literal":
             kinds = [type(loss) for loss in losses.values()]
@@ -97,10 +98,12 @@ class GradientBalance(nn.Module):
         """``[terms]``: the weights; the fixed ones before the first refresh."""
         if self.logs is not None:
             return self.shares * (-self.logs.detach().clamp(-LOGS, LOGS)).exp()
-        total = self.shares.sum()
-        wanted = self.shares / (self.norms / self.weight.clamp(min=1e-12)).clamp(min=1e-6)[self.order]
-        bounded = (wanted / wanted.sum()).clamp(self.settings.lowest, self.settings.highest)
-        return torch.where(self.weight > 0, total * bounded / bounded.sum(), self.shares)
+        seen = (self.weight > 0)[self.order]
+        means = (self.norms / self.weight.clamp(min=1e-12)).clamp(min=1e-6)[self.order]
+        wanted, tiny = self.shares / means * seen, torch.finfo(means.dtype).tiny
+        bounded = (wanted / wanted.sum().clamp(min=tiny)).clamp(self.settings.lowest, self.settings.highest) * seen
+        weights = (self.shares * seen).sum() * bounded / bounded.sum().clamp(min=tiny)
+        return torch.where(seen, weights, self.shares)
 
     def total(self, terms: Tensor) -> Tensor:
         """The weighted sum of ``terms [terms]``, with what learned weights cost."""
@@ -116,7 +119,7 @@ class GradientBalance(nn.Module):
         if self.logs is not None:
             return False
         self.step += 1
-        return (self.step - 1) % self.settings.every == 0
+        return self.step <= self.settings.every or (self.step - 1) % self.settings.every == 0
 
     def refresh(self, terms: Iterable[Tensor], parameters: list[nn.Parameter]) -> None:
         """Take the gradients of ``terms`` (scalars whose graph is kept) with respect to ``parameters`` into account.
@@ -143,8 +146,8 @@ class GradientBalance(nn.Module):
         self._follow(torch.stack([self._norm([cast(Tensor, grads[i]) for i in shared]) for grads in found]) / SCALE)
 
     def _follow(self, norms: Tensor) -> None:
-        good = norms.isfinite().all()
-        keep = torch.where(good, self.settings.momentum, 1.0)
+        good = norms.isfinite().all() & (norms > 0)
+        keep = torch.where(good, self.settings.momentum, 1.0).to(self.norms)
         self.norms.lerp_(torch.where(good, norms, 0).to(self.norms), 1 - keep)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
 
@@ -277,6 +280,10 @@ class Objective(nn.Module):
         """Class centers that learn: parameters of which a step moves the rows of few classes."""
         found = [p for name, p in self.named_parameters() if name.endswith((".centers", "scores.students"))]
         return [p for p in found if p.requires_grad]
+
+    def learned_weights(self) -> list[nn.Parameter]:
+        """Logarithms of the weights between losses that learn along."""
+        return [] if self.balance is None or self.balance.logs is None else [self.balance.logs]
 
     def terms(self) -> list[tuple[str, Loss]]:
         """The losses with their names."""

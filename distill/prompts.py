@@ -16,18 +16,19 @@ from faceless.errors import InputError
 from faceless.randomness import Rng
 from faceless.recognizer import Output, Recognizer
 
-SPREAD = 0.02  # of initial prompts: they are little attended to at first
+SPREAD = 0.02  # of initial prompts: small, so that they turn quickly; the layer's norm gives them the size of tokens
 
 
 @dataclass
 class Prompts:
     """Learnable tokens in every attention layer of a frozen ViT or Swin teacher (APT).
 
-    They join the keys and values of each layer, and are not handed on to the next, which has its own; in a Swin, every
-    window has the layer's prompts. Weights of the teacher stay. The prompts follow those losses of the teacher's
-    features that let it learn (`distill.losses.cross_architecture.URFM` with ``teacher_learns``), and are held back by
-    `distill.losses.cross_architecture.PromptGuard`, without which student and teacher could agree on nothing. The
-    student's other losses see the teacher with its prompts. They travel in the checkpoints of the run.
+    They join the keys and values of each layer by way of its norm, as its tokens do, and are not handed on to the next,
+    which has its own; in a Swin, every window has the layer's prompts. Weights of the teacher stay. The prompts follow
+    those losses of the teacher's features that let it learn (`distill.losses.cross_architecture.URFM` with
+    ``teacher_learns``), and are held back by `distill.losses.cross_architecture.PromptGuard`, without which student and
+    teacher could agree on nothing. The student's other losses see the teacher with its prompts. They travel in the
+    checkpoints of the run.
 
     Zhao et al.: Cross-Architecture Distillation for Face Recognition, ACM MM 2023 (arXiv 2306.14662); no official code.
     Known: prompts in the layers of a frozen Transformer, dropped where Swin merges patches, more than 50 hurt. Chosen:
@@ -94,7 +95,9 @@ class PromptedBackbone(nn.Module):
                 numbers = Rng.of(settings.seed or 0, f"prompts {name}", range(settings.tokens))
                 layer = kinds[type(module)](module, SPREAD * numbers.normal(module.qkv.in_features))
                 parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer)
+                block: Any = self.model.get_submodule(parent)
+                layer.norm = (block.norm1,)
+                setattr(block, child, layer)
                 self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,23 +124,36 @@ class PromptedAttention(nn.Module):
         attention: the layer of the network.
         prompts: ``[n, C]``, their initial values.
 
+    Attributes:
+        norm: what the layer's tokens come out of, in a tuple, since it stays the block's; without it they are twenty
+            times as large as fresh prompts, and these change next to nothing.
+
     Shape:
         tokens ``[B, N, C]``, as the layer.
     """
 
     attention: Any
+    norm: tuple[nn.Module, ...]
 
     def __init__(self, attention: nn.Module, prompts: Tensor):
         super().__init__()
         self.attention = attention
         self.prompts = nn.Parameter(prompts)
+        self.norm = ()
         self.active = True
+
+    def normed(self, like: Tensor) -> Tensor:
+        """``[n, C]``: the prompts as the layer's tokens are."""
+        prompts = self.prompts.to(like.dtype)
+        for norm in self.norm:
+            prompts = norm(prompts).to(like.dtype)
+        return prompts
 
     def forward(self, x: Tensor, *arguments: Tensor | None, **named: Tensor | None) -> Tensor:
         if not self.active:
             found: Tensor = self.attention(x, *arguments, **named)
             return found
-        tokens = torch.cat((x, self.prompts.to(x.dtype).expand(len(x), -1, -1)), 1)
+        tokens = torch.cat((x, self.normed(x).expand(len(x), -1, -1)), 1)
         out: Tensor = self.attention(tokens, *arguments, **named)
         return out[:, : x.shape[1]]
 
@@ -160,7 +176,7 @@ class PromptedWindowAttention(PromptedAttention):
 
         q, k, v = split(layer.qkv(x))
         # Not by calling the layer: what counts its operations refuses views of parameters.
-        mapped = F.linear(self.prompts.to(x.dtype), layer.qkv.weight, layer.qkv.bias)
+        mapped = F.linear(self.normed(x), layer.qkv.weight, layer.qkv.bias)
         _, more_k, more_v = split(mapped.unsqueeze(0))
         k, v = (torch.cat((own, more.expand(len(x), -1, -1, -1)), 2) for own, more in ((k, more_k), (v, more_v)))
         bias = layer._get_rel_pos_bias()

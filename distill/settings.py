@@ -227,9 +227,9 @@ class Run:
             raise InputError("peers: a peer starts from fresh weights; leave out its start")
         if self.snapshot_every is not None and self.snapshot_every < 1:
             raise InputError(f"snapshot_every is {self.snapshot_every}; it must be at least 1, or null")
-        if isinstance(self.teacher, Snapshots) and self.center:
+        if isinstance(self.teacher, Snapshots) and self.center and self.teacher_cache is None:
             raise InputError(
-                "center: snapshots have means of their own; set it to false (students are centered already)"
+                "center: each snapshot has its own mean, which teacher_cache finds: name one, or use false"
             )
         if isinstance(self.teacher, Nobody) and (self.validation.faces or self.pseudo_identities or self.teacher_cache):
             raise InputError(

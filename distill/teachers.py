@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +78,14 @@ class StagedTeacher(FrozenTeacher):
 
     Args:
         stages: from the first to the last.
+        shifts: ``[D]`` for each stage, added to its embeddings: what brings its mean to that of the last; or none.
     """
 
-    def __init__(self, stages: Sequence[FrozenTeacher]):
+    def __init__(self, stages: Sequence[FrozenTeacher], shifts: Sequence[Tensor] = ()):
         last = stages[-1]
         super().__init__(last.recognizer, last.autocast, last.features)
         self.stages = tuple(stages)  # no sub-modules: the last is one already
+        self.shifts = tuple(shifts)
         self.now = 0
 
     def at(self, done: float) -> None:
@@ -91,6 +93,8 @@ class StagedTeacher(FrozenTeacher):
 
     def forward(self, images: Tensor, batch: Batch) -> Output:
         answer: Output = self.stages[self.now](images, batch)
+        if self.shifts:
+            answer = replace(answer, embedding=answer.embedding + self.shifts[self.now].to(answer.embedding))
         return answer
 
 

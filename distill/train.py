@@ -42,6 +42,8 @@ from faceless.files import atomic_write, check_folder
 from faceless.randomness import Rng
 from faceless.settings import Settings, parse
 
+PACE = 10.0  # of learned weights between losses, whose logarithms move by several units in a run
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of this process."""
@@ -119,7 +121,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     objective.to(device)
     objective.watch(student.parameters())
     average = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = make_optimizer(run.optimizer, [student, objective], objective.tables())
+    optimizer = make_optimizer(run.optimizer, [student, objective], objective.tables(), objective.learned_weights())
     run.source.watch(teacher_net, student)
     validator = Validator(run.validation, run.source.held_out(), teacher, objective, device)
 
@@ -200,7 +202,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
             norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
             rate = learning_rate(run.optimizer, step, run.steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("pace", 1.0)
             optimizer.step()
             optimizer.zero_grad()
             follow(average, student, run.ema, step)
@@ -291,10 +293,18 @@ def native_precision(cpu: bool) -> str:
 
 
 def make_optimizer(
-    settings: Optimizer, modules: list[nn.Module], tables: Sequence[nn.Parameter] = ()
+    settings: Optimizer,
+    modules: list[nn.Module],
+    tables: Sequence[nn.Parameter] = (),
+    quick: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """Weight decay for matrices and kernels only; not for ``tables`` of class centers, of which a step moves few."""
-    apart = {id(p) for p in tables}
+    """Weight decay for matrices and kernels only; not for ``tables`` of class centers, of which a step moves few.
+
+    Args:
+        quick: vectors that have far to go; where steps are normalized (not for sgd), they take steps `PACE` times as
+            large.
+    """
+    apart = {id(p) for p in (*tables, *quick)}
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in apart]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -302,6 +312,8 @@ def make_optimizer(
     ]
     if tables:
         groups.append({"params": list(tables), "weight_decay": 0.0, "table": True})
+    if quick:
+        groups.append({"params": list(quick), "weight_decay": 0.0, "pace": 1.0 if settings.name == "sgd" else PACE})
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
     if settings.name == "muon":

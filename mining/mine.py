@@ -54,7 +54,7 @@ class Mining:
         labels: whether the teacher is right about a pair only where the corpus's column ``identity`` agrees with it;
             else the teacher is right by definition.
         cache: folder for embeddings.
-        device: ``auto`` takes a GPU when there is one.
+        device: of the networks; ``auto`` takes a GPU when there is one. FAISS built for one uses it by itself.
         seed: of the impostor pairs.
     """
 

@@ -35,7 +35,7 @@ from distill.chain import links
 from distill.settings import Run
 from eval import figures
 from faceless.errors import InputError, command, suggest
-from faceless.files import atomic_path, atomic_write
+from faceless.files import atomic_path, atomic_write, sha256
 from faceless.settings import ROOT, parse, put, recipe
 
 # What makes a method: an option that names a recipe takes these keys of it, and no others.
@@ -185,18 +185,39 @@ def write(grid: Grid, cell: Cell, seed: int) -> Path:
 
 
 def check_teachers(grid: Grid) -> None:
-    """Whether all that a grid's cells name as teachers is there: some are trained by recipes of their own.
+    """Whether all that a grid's cells name as teachers is there, and is what it was when finished cells were trained.
+
+    Some are trained by recipes of their own.
 
     Raises:
         InputError: one is not.
     """
     for cell in cells(grid):
-        teacher = settings_of(grid, cell)["teacher"]
+        settings = settings_of(grid, cell)
+        teacher = settings["teacher"]
         given = teacher.get("init_args", {}) if isinstance(teacher, dict) else {"members": teacher}
         for named in (given.get("members", []), given.get("stages", [])):
             for source in [named] if isinstance(named, str) else named:
                 if source.startswith("runs/") and not Path(source).exists():
                     raise InputError(f"{source}: no such teacher, and {'-'.join(cell)} needs it; train it first")
+                weights = [*Path(source).glob("model.safetensors"), *Path(source).glob("step-*/model.safetensors")]
+                now = {sha256(path) for path in weights}
+                for run in all_runs(grid, cell):
+                    # In a chain it is the first link's.
+                    if finished(run) and not now <= taught_by(run / "link-1" if settings.get("chain") else run):
+                        raise InputError(f"{run}: was taught by another {source} than the one here now; delete the run")
+
+
+def all_runs(grid: Grid, cell: Cell) -> list[Path]:
+    """Folders of a cell's runs, of all seeds."""
+    seeds = dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])])
+    return [folder(grid, cell, seed) for seed in seeds]
+
+
+def taught_by(run: Path) -> set[str]:
+    """SHA-256 of the weights of all that taught a run."""
+    teacher = json.loads((run / "provenance.json").read_text())["teacher"]
+    return {one.get("sha256", "") for one in (teacher, *teacher.get("members", []), *teacher.get("stages", []))}
 
 
 def train(grid: Grid, cell: Cell, seed: int, settings: Path) -> bool:
@@ -228,7 +249,7 @@ def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, 
     todo = [one for one in todo if not finished(folder(grid, *one))]
     # Not in the threads below: parsing a recipe changes the working folder, which all threads share, for a moment.
     recipes = {one: write(grid, *one) for one in todo}
-    failed = [one for one in todo[: 1 if grid.jobs > 1 else None] if not train(grid, *one, recipes[one])]
+    failed = [one for one in todo[: 1 if grid.jobs > 1 else None] if not train(grid, one[0], one[1], recipes[one])]
     if grid.jobs == 1:
         return failed
     cores = sorted(os.sched_getaffinity(0))
@@ -239,7 +260,7 @@ def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, 
     # A run keeps to the cores of the thread that starts it.
     with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
         try:
-            ended = list(pool.map(lambda one: train(grid, *one, recipes[one]), todo[1:]))
+            ended = list(pool.map(lambda one: train(grid, one[0], one[1], recipes[one]), todo[1:]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -297,11 +318,10 @@ def summarize(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """A row for each cell that has a finished run of ``seeds`` (all): its options, and the summary of each measure."""
-    if seeds is None:
-        seeds = list(dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]))
     rows = []
     for cell in cells(grid):
-        runs = [run for seed in seeds if finished(run := folder(grid, cell, seed))]
+        wanted = all_runs(grid, cell) if seeds is None else [folder(grid, cell, seed) for seed in seeds]
+        runs = [run for run in wanted if finished(run)]
         found = [measured(grid, run) for run in runs]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
@@ -377,10 +397,18 @@ def table(grid: Grid, rows: Sequence[dict[str, Any]], teacher: dict[str, dict[st
         lines.append(["teacher", *[""] * (len(grid.axes) - 1), *values, ""])
     rule = ["---"] * len(grid.axes) + ["---:"] * (len(names) + len(column) + 1)
     body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    chosen = ""
+    if grid.confirm is not None and any(
+        row[grid.measure]["n"] > 1 and not set(row["cell"]) & set(grid.confirm.always)
+        for row in rows
+        if grid.measure in row
+    ):
+        always = ", ".join(grid.confirm.always)
+        chosen = f" Cells but {always} have more seeds where their first was near the best, and it counts among them."
     return (
         f"{body}\n\nPeople {grid.people} of the benchmark; agreement (cosine, neighborhood) with a cell's own teacher "
         "on held-out faces. In parentheses 95 % intervals: of the mean over n seeds (Student), or, for n = 1, from "
-        "resampling people.\n"
+        f"resampling people.{chosen}\n"
     )
 
 

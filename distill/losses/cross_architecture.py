@@ -83,7 +83,7 @@ class URFM(FeatureLoss):
     """Compare the features of a Transformer and a convolutional network in unified receptive fields.
 
     The places of either map are gathered, by attention, around the same learnable local centers; self-attention between
-    the local features follows, and both its attention and its output are compared: mean squared differences. The
+    the local features follows, and both its attention and its output are compared by their squared differences. The
     score of a center and a place is (q W_q + b) (f W_k)^T / sqrt(d), where b is looked up by the distance of the two:
     Euclidean, plus ``gamma`` times their difference in relation to the face's landmarks. No labels.
     Zhao et al.: Cross-Architecture Distillation for Face Recognition, ACM MM 2023 (arXiv 2306.14662).
@@ -92,7 +92,12 @@ class URFM(FeatureLoss):
     bucketed sum of two distances, and the two mean squared differences. Chosen here: each center is anchored at a cell
     of a square grid, distances are in sides of its cells; two places differ in relation to the landmarks by the mean
     over five landmarks of the difference of their distances to it; the number of centers, gamma and the weights;
-    features and local features are compared after layer normalization.
+    features and local features are compared after layer normalization, as the mean over their numbers; attention as
+    the sum over those that one center attends to, a distribution (the mean of 49 numbers near 1/49 would be a
+    thousandth of the other term).
+
+    ``teacher_layer`` should be one whose places the teacher's embedding is made of. A ViT that reads its class token
+    alone leaves those of its last block without any meaning: name the block before.
 
     Trained on the comparison alone, both sides could agree on saying nothing. So the teacher's side does not follow the
     student: it learns to tell the teacher's embedding from its local features (1 - cos, weight ``keep``).
@@ -116,9 +121,9 @@ class URFM(FeatureLoss):
     Raises:
         ValueError: an argument is out of range, a feature is missing, or has other channels than `prepare` saw.
 
-    >>> loss = URFM(student_layer="stage2", teacher_layer="block11", centers=16, dim=32)
+    >>> loss = URFM(student_layer="stage2", teacher_layer="block10", centers=16, dim=32)
     >>> student = Output(torch.randn(2, 4), features={"stage2": torch.randn(2, 8, 6, 6)})
-    >>> teacher = Output(torch.randn(2, 4), features={"block11": torch.randn(2, 50, 24)})
+    >>> teacher = Output(torch.randn(2, 4), features={"block10": torch.randn(2, 50, 24)})
     >>> loss.prepare(student, teacher)
     >>> loss(student, teacher).item() > 0
     True
@@ -186,7 +191,7 @@ class URFM(FeatureLoss):
             local_t, attention_t = functional_call(self.of_teacher, weights, arguments)
         else:
             local_t, attention_t = local_t.detach(), attention_t.detach()
-        looked = mean((attention_s - attention_t).square())
+        looked = mean((attention_s - attention_t).square().sum(3))
         found = mean((F.layer_norm(local_s, (self.dim,)) - F.layer_norm(local_t, (self.dim,))).square())
         return self.attention * looked + self.local * found + self.keep * mean(1 - kept)
 

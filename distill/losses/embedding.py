@@ -55,6 +55,11 @@ class Centering(nn.Module):
         self.register_buffer("keep", torch.tensor(float(momentum)))
 
     @property
+    def primed(self) -> bool:
+        """Whether `prime` was called; asking waits for the device."""
+        return bool(self.keep == 1)
+
+    @property
     def mean(self) -> Tensor:
         """``[D]``: the teacher's mean; zero before the first batch."""
         return self.average / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)

@@ -80,7 +80,7 @@ def test_urfm(framing: str, gamma: float) -> None:
         s, a_s = written_out(loss, loss.of_student, student.features["map"][i].numpy(), own if i == 0 else template)
         tokens = teacher.features["tokens"][i, 1:].T.reshape(8, 3, 3).numpy()
         t, a_t = written_out(loss, loss.of_teacher, tokens, template)
-        looked.append(np.mean([(x - y) ** 2 for x, y in zip(a_s, a_t)]))
+        looked.append(np.mean([((x - y) ** 2).sum(1) for x, y in zip(a_s, a_t)]))
         found.append(np.mean((normal(s) - normal(t)) ** 2))
         read, truth = loss.readout.weight.detach().numpy() @ t.mean(0), teacher.embedding[i].numpy()
         kept.append(1 - read @ truth / np.linalg.norm(read) / np.linalg.norm(truth))

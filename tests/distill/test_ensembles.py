@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,15 @@ import faceless
 from distill.augment import Degrade
 from distill.ensembles import Ensemble, FusedRecognizer, Fusion
 from distill.losses.probabilistic import VonMisesFisher
+from distill.settings import Run
+from distill.sources import Place
 from distill.train import main
 from eval.benchmarks import Benchmark, under
 from eval.verify import verify
 from faceless.errors import InputError, command
 from faceless.randomness import Rng
 from faceless.recognizer import InputSpec, Recognizer
+from faceless.settings import parse
 from tests.distill.test_train import TINY, recipe, student_bytes
 
 
@@ -76,6 +80,52 @@ def test_a_smaller_embedding_is_embedded_isometrically_in_the_larger() -> None:
     assert both.embedding_dim == 8
     turn = both.fusion.fits[0].turn
     torch.testing.assert_close(turn @ turn.T, torch.eye(5), atol=1e-5, rtol=0)
+
+
+def test_a_reduced_concatenation_keeps_its_principal_directions() -> None:
+    nets = [linear(matrix(seed=i, dim=d), 2.0, **SMALL) for i, d in enumerate((8, 5, 6))]
+    whole, less = fused("concatenate", *nets), fused("concatenate", *nets, embedding_dim=7)
+    assert (whole.embedding_dim, less.embedding_dim) == (19, 7)
+    # Members are centered but for their normalization, and no mean is taken away here.
+    rows, new = (whole(x).embedding.double().numpy() for x in (faces(), faces(40, seed=1)))
+    expected = new @ np.linalg.eigh(rows.T @ rows)[1][:, -7:]
+    found = less(faces(40, seed=1)).embedding.double().numpy()
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    with pytest.raises(InputError, match="the members have 19"):
+        Fusion(nets, "concatenate", embedding_dim=20)
+    with pytest.raises(InputError, match="for fusion concatenate"):
+        Ensemble(members=["a", "b"], fusion="mean", embedding_dim=4)
+
+
+@pytest.mark.parametrize("sees", ["view", "face"])
+def test_an_ensemble_is_calibrated_on_faces_as_its_run_shows_them(
+    tmp_path: Path, sees: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.Tensor] = []
+    calibrate = FusedRecognizer.calibrate
+
+    def kept(self: FusedRecognizer, faces: torch.Tensor) -> None:
+        shown.append(faces)
+        calibrate(self, faces)
+
+    monkeypatch.setattr(FusedRecognizer, "calibrate", kept)
+    path = ensemble_recipe(tmp_path, teacher_sees=sees, augment={"size": 32, "blur": 1.0, "blur_sigma": 3.0}, steps=1)
+    main(["--config", str(path)])
+    (given,) = shown
+    assert len(given) == 64
+    steps = (given.float()[:, :, :, 1:] - given.float()[:, :, :, :-1]).abs().mean()
+    plain = ensemble_sample(path).float()
+    sharp = (plain[:, :, :, 1:] - plain[:, :, :, :-1]).abs().mean()
+    assert (steps < 0.7 * sharp) == (sees == "view")
+
+
+def ensemble_sample(path: Path) -> torch.Tensor:
+    """The faces that a run's source gives for a calibration."""
+    run = parse(Run, ["--config", str(path)]).build()
+    run.source.prepare(
+        Place(run.seed, run.batch_size, 0, 1, torch.device("cpu"), run.validation.faces, steps=run.steps)
+    )
+    return run.source.sample(64)
 
 
 def test_cosines_of_a_concatenation_are_the_mean_of_the_members() -> None:

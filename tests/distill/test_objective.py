@@ -168,7 +168,8 @@ def test_weights_are_bounded_refreshed_on_their_cadence_and_survive_a_checkpoint
         objective(Output((1 + step) * faces() @ weight), teacher, labels)
         seen.append(objective.weights_now())
         assert all(0.045 < share < 0.91 for share in seen[-1].values())
-    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5] != seen[6]
+    # Each of the first three steps, then every third.
+    assert seen[0] != seen[1] != seen[2] != seen[3] == seen[4] == seen[5] != seen[6]
     again, _, _, _ = balanced(every=3, momentum=0.5)
     again.watch([weight])
     again.load_state_dict(objective.state_dict())
@@ -194,6 +195,48 @@ def test_magnitude_weights_divide_by_the_running_mean_of_each_term() -> None:
         for name, found in weights.items():
             assert found == pytest.approx(wanted[name] / sum(wanted.values()), rel=1e-6)
         assert loss.item() == pytest.approx(sum(weights[name] * float(terms[name]) for name in weights), rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["matched", "magnitude"])
+def test_a_term_without_a_gradient_does_not_count_until_it_has_one(rule: str) -> None:
+    """As of a memory that is still empty: a size of 0 is no small size, by which all others would vanish."""
+
+    class Starting(FeatureL2):
+        on = 0.0
+
+        def compute(self, student: Output, teacher: Output, labels: torch.Tensor | None) -> torch.Tensor:
+            return self.on * super().compute(student, teacher, labels)
+
+    losses = {"late": Starting(), "cosine": CosineEmbedding(), "l2": FeatureL2(form="unit-mean")}
+    objective = Objective(
+        losses,
+        {"late": 3.0, "cosine": 1.0, "l2": 1.0},
+        student_dim=8,
+        teacher_dim=8,
+        adaptive=Adaptive(rule=rule, momentum=0.0, every=2, lowest=0.0, highest=1.0),
+    ).double()
+    weight = torch.nn.Parameter(torch.eye(8, dtype=torch.float64))
+    objective.watch([weight])
+    teacher = Output(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).double())
+
+    def sizes() -> dict[str, float]:
+        found = {}
+        for name, loss in losses.items():
+            term = loss(Output(faces() @ weight), teacher)
+            (slope,) = torch.autograd.grad(term, weight)
+            found[name] = float(slope.norm() if rule == "matched" else term.detach())
+        return found
+
+    objective(Output(faces() @ weight), teacher)
+    weights, size = objective.weights_now(), sizes()
+    assert weights["late"] == pytest.approx(3.0)
+    assert weights["cosine"] + weights["l2"] == pytest.approx(2.0)
+    assert weights["cosine"] * size["cosine"] == pytest.approx(weights["l2"] * size["l2"], rel=1e-6)
+    losses["late"].on = 1.0
+    objective(Output(faces() @ weight), teacher)
+    weights, size = objective.weights_now(), sizes()
+    assert sum(weights.values()) == pytest.approx(5.0)
+    assert weights["late"] * size["late"] == pytest.approx(3 * weights["l2"] * size["l2"], rel=1e-6)
 
 
 def test_learned_weights_settle_at_the_fixed_ones_divided_by_their_terms() -> None:

@@ -95,6 +95,27 @@ def test_prompts_are_keys_and_values_of_attention() -> None:
         torch.testing.assert_close(ours(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_prompts_come_through_the_norm_of_their_layer(kind: str) -> None:
+    net = network(kind)
+    with torch.no_grad():
+        plain = net(images()).embedding
+        prompts = Prompts(tokens=5).into(net)
+        fresh = net(images()).embedding
+        for layer in (m for m in net.modules() if isinstance(m, PromptedAttention)):
+            norms = layer.normed(layer.prompts).norm(dim=1)
+            torch.testing.assert_close(norms, torch.full((5,), layer.prompts.shape[1] ** 0.5), atol=0, rtol=0.02)
+        for p in prompts:
+            p.mul_(50.0)
+        larger = net(images()).embedding
+        for p in prompts:
+            p.neg_()
+        turned = net(images()).embedding
+    # The size of a prompt says nothing, its direction does.
+    torch.testing.assert_close(larger, fresh, atol=0.02 * float((fresh - plain).abs().max()), rtol=0)
+    assert (turned - fresh).abs().max() > 0.5 * (fresh - plain).abs().max()
+
+
 def test_validation_asks_a_teacher_that_learns_each_time() -> None:
     net = network("vit")
     prompts = Prompts(tokens=5).into(net)
@@ -103,7 +124,7 @@ def test_validation_asks_a_teacher_that_learns_each_time() -> None:
     validator = Validator(Validation(faces=4, neighbors=2), faces, PromptedTeacher(net), objective, torch.device("cpu"))
     with torch.no_grad():
         for p in prompts:
-            p.mul_(50.0)
+            p.neg_()
     # A student that is what the teacher has become.
     assert validator(copy.deepcopy(net))["cosine"] == pytest.approx(1.0, abs=1e-5)
 

@@ -111,6 +111,26 @@ def test_snapshots_are_kept_and_teach(tmp_path: Path, teacher: Path) -> None:
     assert alone[:4] != staged[:4]
 
 
+def test_each_stage_is_centered_by_its_own_mean(tmp_path: Path, teacher: Path) -> None:
+    """What a stage adds to all faces alike, a run that centers does not see."""
+    net = faceless.load(teacher)
+    with torch.no_grad():
+        net.backbone.fc.bias.add_(torch.linspace(-3, 3, 16))
+    moved = faceless.save(net, tmp_path / "moved", {})
+    path = corpus_recipe(tmp_path, teacher)
+    losses: dict[str, list[float]] = {}
+    for first, center in ((teacher, True), (moved, True), (moved, False)):
+        stages = {"class_path": "distill.ensembles.Snapshots", "init_args": {"stages": [str(first), str(teacher)]}}
+        settings = yaml.safe_load(path.read_text()) | {"teacher": stages, "center": center, "steps": 6}
+        name = f"{first.name}-{center}"
+        settings |= {"teacher_cache": str(tmp_path / "cache"), "output": str(tmp_path / name)}
+        (tmp_path / "staged.yaml").write_text(yaml.safe_dump(settings))
+        main(["--config", str(tmp_path / "staged.yaml")])
+        losses[name] = [entry["loss"] for entry in lines(tmp_path / name) if "loss" in entry]
+    assert losses["moved-True"] == pytest.approx(losses["teacher-True"], rel=1e-4)
+    assert abs(losses["moved-False"][0] - losses["teacher-True"][0]) > 0.01
+
+
 @pytest.mark.parametrize(
     ("widths", "named"), [([8], "teacher of stage 1 has no layer 'stages.1'"), ([8, 24], "losses.hint: the teacher of")]
 )
@@ -143,7 +163,7 @@ def test_stages_that_do_not_fit_are_named(tmp_path: Path, teacher: Path) -> None
     with pytest.raises(InputError, match="differ in embedding dimension"):
         Snapshots(stages=[str(tmp_path / "other"), str(teacher)]).load()
     settings = snapshots(tmp_path / "stages") | {"center": True}
-    with pytest.raises(InputError, match="means of their own"):
+    with pytest.raises(InputError, match="each snapshot has its own mean"):
         parse(Run, ["--config", str(recipe(tmp_path, teacher, **settings))]).build()
 
 
@@ -207,12 +227,12 @@ def test_links_are_the_recipe_with_their_changes(tmp_path: Path, teacher: Path) 
     path = recipe(tmp_path, teacher, chain=[{"optimizer.lr": 0.5}, {}])
     first, last = (link.asdict() for link in links(parse(Run, ["--config", str(path)])))
     (plain,) = (link.asdict() for link in links(parse(Run, ["--config", str(recipe(tmp_path, teacher))])))
-    assert {key for key in plain if first[key] != plain[key]} == {"optimizer", "output"}
+    assert {key for key in plain if first[key] != plain[key]} == {"optimizer", "output", "seed", "losses"}
     assert first["optimizer"] == plain["optimizer"] | {"lr": 0.5}
-    assert {key for key in plain if last[key] != plain[key]} == {"teacher", "seed", "losses"}
-    assert (first["seed"], last["seed"]) == (0, 1)
-    assert {link["losses"]["contrast"]["loss"]["init_args"]["seed"] for link in (first, plain)} == {0}
-    assert last["losses"]["contrast"]["loss"]["init_args"]["seed"] == 1
+    assert {key for key in plain if last[key] != plain[key]} == {"teacher"}
+    assert (first["seed"], last["seed"]) == (1000, 0)
+    assert {link["losses"]["contrast"]["loss"]["init_args"]["seed"] for link in (last, plain)} == {0}
+    assert first["losses"]["contrast"]["loss"]["init_args"]["seed"] == 1000
 
 
 def test_peers_train_along_resume_and_stay_out_of_the_student(tmp_path: Path, teacher: Path) -> None:

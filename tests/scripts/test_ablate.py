@@ -14,6 +14,7 @@ import pytest
 import yaml
 from scipy import stats
 
+import faceless
 from distill.settings import Run
 from faceless.errors import InputError
 from faceless.settings import ROOT, parse
@@ -110,8 +111,11 @@ def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> Non
     expected = [("cosine", "short"), ("qud", "short"), ("iled", "short")]
     assert ablate.to_confirm(made, ablate.collect(made, made.seeds)) == expected
     # Half of it confirmed: a better mean of some does not take others out of the list.
+    note = "Cells but cosine have more seeds where their first was near the best"
+    assert note not in ablate.table(made, ablate.collect(made), {})
     scores(ablate.folder(made, ("qud", "short"), 1), 0.02, 0.5)
     assert ablate.to_confirm(made, ablate.collect(made, made.seeds)) == expected
+    assert note in ablate.table(made, ablate.collect(made), {})
 
 
 def test_a_grid_is_trained_once_and_resumed(tmp_path: Path, teacher: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -137,6 +141,9 @@ def test_a_grid_is_trained_once_and_resumed(tmp_path: Path, teacher: Path, capfd
     assert "== both seed 0" in out and "== one seed 0" not in out
     assert (run / "report.html").stat().st_mtime_ns == before
     assert (tmp_path / "grid" / "table.md").read_text() == table
+    faceless.save(faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=9), teacher, {})
+    with pytest.raises(InputError, match=r"both/seed-0: was taught by another .*teacher than the one here now"):
+        ablate.main(["--config", str(path)])
 
 
 def test_runs_at_the_same_time_end_like_runs_in_turn(
