@@ -424,12 +424,15 @@ def figure(grid: Grid, rows: Sequence[dict[str, Any]], name: str, teacher: dict[
             axis.plot([factor * x for x in found["interval"]], [place, place], color=figures.BLUE, linewidth=1.4)
         axis.plot([factor * x for x in found["values"]], [place] * found["n"], "o", color=figures.GRAY, markersize=3)
         axis.plot(factor * found["mean"], place, "o", color=figures.BLUE, markersize=5)
+    label = f"{name}, %" if kind(name)[1] else name
     if name in teacher:
-        axis.axvline(factor * teacher[name]["value"], color=figures.ORANGE, linestyle="--", label="teacher")
-        axis.legend()
+        value, (low, high) = factor * teacher[name]["value"], axis.get_xlim()
+        if 2 * low - high < value < 2 * high - low:
+            axis.axvline(value, color=figures.ORANGE, linestyle="--")
+        label += f" (teacher: {value:.3g})"  # far off, its line would press the cells together
     axis.set_yticks(range(len(rows)), [f"{' '.join(row['cell'])} (n={row[name]['n']})" for row in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel(f"{name}, %" if kind(name)[1] else name)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel(label)
     return made
 
 
