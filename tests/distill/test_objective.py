@@ -17,6 +17,8 @@ from distill.losses.embedding import CosineEmbedding, FeatureL2
 from distill.losses.features import Hint
 from distill.losses.logits import CrossEntropy, LogitKD
 from distill.objective import Adaptive, Classifier, GradientBalance, Objective
+from distill.settings import Optimizer
+from distill.train import make_optimizer
 from faceless.errors import InputError
 from faceless.recognizer import Output
 
@@ -264,6 +266,22 @@ def test_learned_weights_settle_at_the_fixed_ones_divided_by_their_terms() -> No
     logs.grad = None
     objective(student, teacher, labels)[0].backward()
     assert (logs.grad != 0).all(), "a weight at its bound can come back"
+
+
+@pytest.mark.parametrize(("name", "step"), [("adam", 0.1), ("adamw", 0.1), ("muon", 0.015), ("sgd", 0.01)])
+def test_learned_weights_move_at_a_pace_of_their_own(name: str, step: float) -> None:
+    """Ten times that of other vectors, where steps are normalized; every parameter is in one group."""
+    objective, _, _, _ = balanced("learned")
+    settings = Optimizer(name=name, lr=0.01, weight_decay=0.0, momentum=0.0)
+    optimizer = make_optimizer(settings, [objective], objective.tables(), objective.learned_weights())
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in listed} == {id(p) for p in objective.parameters()} and len(listed) == len(set(listed))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group.get("pace", 1.0)
+    logs = objective.balance.logs
+    logs.grad = torch.ones_like(logs)
+    optimizer.step()
+    torch.testing.assert_close(logs.detach(), torch.full_like(logs, -step), rtol=1e-3, atol=0)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
