@@ -31,8 +31,8 @@ def test_losses_and_prompts_follow_the_seed_of_the_run_unless_they_name_one(tmp_
     found = links(parse(Run, ["--config", str(path)]))
     # What is written into the folder of the run, and compared when it goes on, is the seed that it had.
     written = [link.asdict()["losses"] for link in found]
-    assert [part["head"]["loss"]["init_args"]["seed"] for part in written] == [3, 4]
-    for seed, run in zip((3, 4), (link.build() for link in found)):
+    assert [part["head"]["loss"]["init_args"]["seed"] for part in written] == [1003, 3]
+    for seed, run in zip((1003, 3), (link.build() for link in found)):
         terms: dict[str, Any] = {name: term.loss for name, term in run.losses.items()}
         assert (terms["head"].seed, terms["named"].seed, run.prompts.seed) == (seed, 0, seed)
         rows = QUD(embedding_dim=4, queue_size=8, seed=seed).negatives.rows
