@@ -419,7 +419,7 @@ def test_afl_kd_on_pseudo_identities_with_cached_features(tmp_path: Path, teache
     logged = [entry for entry in lines(tmp_path / "run") if "loss" in entry]
     weights = [entry["weights"] for entry in logged]
     assert all(sum(w.values()) == pytest.approx(4.0) for w in weights)
-    assert weights[0] == weights[3] != weights[4]
+    assert weights[0] != weights[3] != weights[4] == weights[7] != weights[8]
     assert len(list((tmp_path / "cache").rglob("feature-stages.?/*/*.npy"))) == 4
     # Stopped after a checkpoint, it goes on to the same bytes.
     whole = student_bytes(tmp_path / "run")
