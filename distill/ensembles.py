@@ -180,7 +180,7 @@ class Fusion(nn.Module):
     """
 
     concentration: Tensor
-    basis: Tensor
+    basis: Tensor | None
 
     def __init__(
         self,
@@ -197,11 +197,11 @@ class Fusion(nn.Module):
         dims = [member.embedding_dim for member in members]
         self.reference = dims.index(max(dims))
         self.embedding_dim = sum(dims) if how == "concatenate" else max(dims)
-        self.reduced = embedding_dim is not None
+        self.register_buffer("basis", None, persistent=False)
         if embedding_dim is not None:
             if embedding_dim > self.embedding_dim:
                 raise InputError(f"teacher.embedding_dim is {embedding_dim}; the members have {self.embedding_dim}")
-            self.register_buffer("basis", torch.eye(self.embedding_dim, embedding_dim), persistent=False)
+            self.basis = torch.eye(self.embedding_dim, embedding_dim)
             self.embedding_dim = embedding_dim
         self.framing = members[0].spec.framing
         self.fits = nn.ModuleList(Fit(dim, max(dims)) for dim in dims)
@@ -232,7 +232,7 @@ class Fusion(nn.Module):
                 rows.append(unit if self.how == "concatenate" else unit @ fit.turn)
             if self.how == "concatenate":
                 wide = torch.cat(rows, 1) / len(rows) ** 0.5
-                return wide @ self.basis if self.reduced else wide
+                return wide if self.basis is None else wide @ self.basis
             total = torch.stack(rows).sum(0)
             return total if self.how == "von-mises-fisher" else total / len(rows)
 
@@ -244,9 +244,11 @@ class Fusion(nn.Module):
             InputError: there are fewer faces than numbers in an embedding.
         """
         dims = [cast(Recognizer, member).embedding_dim for member in self.members]
-        needed = self.embedding_dim if self.reduced else max(dims) * (self.how != "concatenate")
-        if len(faces) < needed:
-            raise InputError(f"{len(faces)} faces cannot align embeddings of {needed} numbers: raise teacher.faces")
+        aligned = self.how != "concatenate" or self.basis is not None
+        if aligned and len(faces) < self.embedding_dim:
+            raise InputError(
+                f"{len(faces)} faces cannot align embeddings of {self.embedding_dim} numbers: raise teacher.faces"
+            )
         device, units = self.concentration.device, []
         for i in range(len(dims)):
             raw = torch.cat([self.ask(i, chunk.to(device)) for chunk in faces.split(CHUNK)]).double()
@@ -259,10 +261,10 @@ class Fusion(nn.Module):
             if i != self.reference:
                 left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
                 cast(Fit, self.fits[i]).turn.copy_(left @ right)
-        if self.reduced:
+        if self.basis is not None:
             self.basis.copy_(torch.linalg.svd(torch.cat(units, 1), full_matrices=False)[2][: self.embedding_dim].T)
         if processes() > 1:  # to the bit
-            for buffer in (*self.fits.buffers(), *([self.basis] if self.reduced else [])):
+            for buffer in (*self.fits.buffers(), *([] if self.basis is None else [self.basis])):
                 dist.broadcast(buffer, 0)
 
 

@@ -93,10 +93,9 @@ class PromptedBackbone(nn.Module):
         for name, module in list(self.model.named_modules()):
             if type(module) in kinds:
                 numbers = Rng.of(settings.seed or 0, f"prompts {name}", range(settings.tokens))
-                layer = kinds[type(module)](module, SPREAD * numbers.normal(module.qkv.in_features))
                 parent, _, child = name.rpartition(".")
                 block: Any = self.model.get_submodule(parent)
-                layer.norm = (block.norm1,)
+                layer = kinds[type(module)](module, SPREAD * numbers.normal(module.qkv.in_features), block.norm1)
                 setattr(block, child, layer)
                 self.layers.append(layer)
 
@@ -123,31 +122,26 @@ class PromptedAttention(nn.Module):
     Args:
         attention: the layer of the network.
         prompts: ``[n, C]``, their initial values.
-
-    Attributes:
-        norm: what the layer's tokens come out of, in a tuple, since it stays the block's; without it they are twenty
-            times as large as fresh prompts, and these change next to nothing.
+        norm: what the layer's tokens come out of; without it they are twenty times as large as fresh prompts, and
+            these change next to nothing.
 
     Shape:
         tokens ``[B, N, C]``, as the layer.
     """
 
     attention: Any
-    norm: tuple[nn.Module, ...]
 
-    def __init__(self, attention: nn.Module, prompts: Tensor):
+    def __init__(self, attention: nn.Module, prompts: Tensor, norm: nn.Module | None = None):
         super().__init__()
         self.attention = attention
         self.prompts = nn.Parameter(prompts)
-        self.norm = ()
+        self.norm = (norm or nn.Identity(),)  # no sub-module: it stays the block's
         self.active = True
 
     def normed(self, like: Tensor) -> Tensor:
         """``[n, C]``: the prompts as the layer's tokens are."""
-        prompts = self.prompts.to(like.dtype)
-        for norm in self.norm:
-            prompts = norm(prompts).to(like.dtype)
-        return prompts
+        prompts: Tensor = self.norm[0](self.prompts)
+        return prompts.to(like.dtype)
 
     def forward(self, x: Tensor, *arguments: Tensor | None, **named: Tensor | None) -> Tensor:
         if not self.active:

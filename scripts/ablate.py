@@ -9,6 +9,7 @@ grid that was stopped goes on when it is given again: finished cells are kept, a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -192,26 +193,37 @@ def check_teachers(grid: Grid) -> None:
     Raises:
         InputError: one is not.
     """
+    weights = functools.cache(weights_in)  # many cells name the same
     for cell in cells(grid):
         settings = settings_of(grid, cell)
-        teacher = settings["teacher"]
-        given = teacher.get("init_args", {}) if isinstance(teacher, dict) else {"members": teacher}
-        for named in (given.get("members", []), given.get("stages", [])):
-            for source in [named] if isinstance(named, str) else named:
-                if source.startswith("runs/") and not Path(source).exists():
-                    raise InputError(f"{source}: no such teacher, and {'-'.join(cell)} needs it; train it first")
-                weights = [*Path(source).glob("model.safetensors"), *Path(source).glob("step-*/model.safetensors")]
-                now = {sha256(path) for path in weights}
-                for run in all_runs(grid, cell):
-                    # In a chain it is the first link's.
-                    if finished(run) and not now <= taught_by(run / "link-1" if settings.get("chain") else run):
-                        raise InputError(f"{run}: was taught by another {source} than the one here now; delete the run")
+        # In a chain they teach the first link.
+        taught = {run: taught_by(run / "link-1" if settings.get("chain") else run) for run in done(grid, cell)}
+        for source in named_in(settings["teacher"]):
+            if source.startswith("runs/") and not Path(source).exists():
+                raise InputError(f"{source}: no such teacher, and {'-'.join(cell)} needs it; train it first")
+            for run, before in taught.items():
+                if not weights(source) <= before:
+                    raise InputError(f"{run}: was taught by another {source} than the one here now; delete the run")
 
 
-def all_runs(grid: Grid, cell: Cell) -> list[Path]:
-    """Folders of a cell's runs, of all seeds."""
-    seeds = dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])])
-    return [folder(grid, cell, seed) for seed in seeds]
+def named_in(teacher: str | dict[str, Any]) -> list[str]:
+    """What a recipe's ``teacher`` names: one recognizer, members or stages, or the folder of these."""
+    given = teacher.get("init_args", {}) if isinstance(teacher, dict) else {"members": teacher}
+    found = [given.get("members", []), given.get("stages", [])]
+    return [source for named in found for source in ([named] if isinstance(named, str) else named)]
+
+
+def weights_in(source: str) -> set[str]:
+    """SHA-256 of the weights in a folder of a recognizer, or of snapshots; of what is no folder none."""
+    files = [*Path(source).glob("model.safetensors"), *Path(source).glob("step-*/model.safetensors")]
+    return {sha256(path) for path in files}
+
+
+def done(grid: Grid, cell: Cell, seeds: Sequence[int] | None = None) -> list[Path]:
+    """Folders of a cell's finished runs of ``seeds`` (all)."""
+    if seeds is None:
+        seeds = list(dict.fromkeys([*grid.seeds, *(grid.confirm.seeds if grid.confirm else [])]))
+    return [run for seed in seeds if finished(run := folder(grid, cell, seed))]
 
 
 def taught_by(run: Path) -> set[str]:
@@ -320,8 +332,7 @@ def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, An
     """A row for each cell that has a finished run of ``seeds`` (all): its options, and the summary of each measure."""
     rows = []
     for cell in cells(grid):
-        wanted = all_runs(grid, cell) if seeds is None else [folder(grid, cell, seed) for seed in seeds]
-        runs = [run for run in wanted if finished(run)]
+        runs = done(grid, cell, seeds)
         found = [measured(grid, run) for run in runs]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
