@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 import faceless
 from distill.cohort import Cohort
-from distill.ensembles import FusedRecognizer
+from distill.ensembles import FusedRecognizer, Nobody
 from distill.identities import stored
 from distill.mixtures import MixtureSource, recurring
 from distill.objective import Objective
@@ -80,15 +81,19 @@ def make_objective(run: Run, student: Recognizer, teachers: Sequence[Recognizer]
         teachers: those of all stages; the last is the one that all adapters are built for.
     """
     *stages, teacher = teachers
+    peers = [peer.embedding_dim for peer in student.others()] if isinstance(student, Cohort) else []
+    nobody = isinstance(run.teacher, Nobody)  # nowhere to project to
     objective = Objective(
         {name: term.loss for name, term in run.losses.items()},
         {name: term.weight for name, term in run.losses.items()},
         student_dim=student.embedding_dim,
-        teacher_dim=teacher.embedding_dim,
+        teacher_dim=student.embedding_dim if nobody else teacher.embedding_dim,
+        peer_dims=[] if nobody else peers,
         center=run.center,
         projection=run.projection,
         adaptive=run.adaptive,
         classifier=run.classifier,
+        scattered=[name for name, term in run.losses.items() if term.scattered],
     )
     objective.probe(student, teacher)
     for number, stage in enumerate(stages, 1):
@@ -102,12 +107,11 @@ def make_objective(run: Run, student: Recognizer, teachers: Sequence[Recognizer]
 def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, accelerator: Accelerator) -> FrozenTeacher:
     """The frozen teacher, ready to be asked."""
     for net in nets:
+        if isinstance(net, FusedRecognizer):
+            calibrate(run, net, accelerator.is_main_process)
         net.to(accelerator.device)
         if isinstance(net, FusedRecognizer):
-            faces = run.source.sample(net.faces)
-            if run.teacher_sees == "view":  # faces that are blurred have another mean
-                faces = run.augment(faces, Rng.of(run.seed, "calibration", range(len(faces))))
-            net.calibrate(faces)
+            net.fusion.share()
     stages, means = [], []
     for number, net in enumerate(nets, 1):
         stages.append(make_stage(run, net, objective, accelerator))
@@ -118,6 +122,21 @@ def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, acceler
     # The objective takes the last stage's mean away.
     shifts = [means[-1] - mean for mean in means]
     return stages[0] if len(stages) == 1 else StagedTeacher(stages, shifts)
+
+
+def calibrate(run: Run, net: FusedRecognizer, learn: bool) -> None:
+    """Show an ensemble faces as the run is going to; on the CPU, so that a run may go on with other devices.
+
+    Args:
+        learn: whether this process learns from them; all others take over what it learned.
+    """
+    faces, shown = run.source.sample(net.faces), None
+    if run.teacher_sees == "view":  # faces that are blurred have another mean
+        shown = asdict(run.augment) | {"seed": run.seed}
+    net.know(faces, shown)
+    if learn:
+        views = faces if shown is None else run.augment(faces, Rng.of(run.seed, "calibration", range(len(faces))))
+        net.fusion.calibrate(views)
 
 
 def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.build import make_objective, make_student
-from distill.checkpoints import check_same_settings
+from distill.checkpoints import check_same_settings, read_record
 from distill.checks import check_cache, check_teacher, check_weights
 from distill.cohort import alone
 from distill.ensembles import load_teachers
+from distill.finish import teacher_record
 from distill.settings import Run
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
@@ -64,10 +65,11 @@ def check_links(chain: list[Settings[Run]]) -> None:
     """
     untrained: dict[str | None, Recognizer] = {}  # by where they are going to lie
     for number, link in enumerate(chain, 1):
-        if finished(link):
-            continue
         try:
             run = link.build()
+            if finished(link):
+                check_same_teacher(run)
+                continue
             known = untrained.get(run.teacher) if isinstance(run.teacher, str) else None
             teachers = load_teachers(run.teacher) if known is None else [known]
             teacher = teachers[-1]
@@ -83,6 +85,31 @@ def check_links(chain: list[Settings[Run]]) -> None:
         except InputError as error:
             raise InputError(f"chain: link {number}: {error}") from error
         untrained[f"{run.output}/student"] = alone(student)
+
+
+def check_same_teacher(run: Run) -> None:
+    """Compare the teacher of a link that was trained before with that of its record, if it is still there.
+
+    Raises:
+        InputError: it is another one by now, so that the rest of the chain would not be what its settings say.
+    """
+    try:
+        teacher = teacher_record(load_teachers(run.teacher)[-1])
+    except InputError:
+        return
+    path = Path(run.output) / "provenance.json"
+    record = read_record(path)
+    if digests(record.get("teacher")) != digests(teacher):
+        raise InputError(
+            f"{path} names another teacher than there is now, by its contents: put the old one back, or delete "
+            f"{run.output}, or choose another output"
+        )
+
+
+def digests(teacher: Any) -> list[Any]:
+    """Those of the networks behind a teacher of a record."""
+    networks = teacher.get("members") or teacher.get("stages") or [teacher] if isinstance(teacher, dict) else []
+    return [network.get("sha256") if isinstance(network, dict) else None for network in networks]
 
 
 def seeded(settings: Settings[Run]) -> Settings[Run]:

@@ -143,12 +143,7 @@ def check_same_record(path: Path, record: dict[str, Any]) -> None:
     """
     if not path.exists():
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not a record of a run ({error}); choose another output") from error
-    if not isinstance(before, dict):
-        raise InputError(f"{path}: not a record of a run; choose another output")
+    before = read_record(path)
     now = json.loads(json.dumps(record, default=str))
     for key in ("teacher", "sources", "started_from"):
         if before.get(key) != now.get(key):
@@ -156,6 +151,21 @@ def check_same_record(path: Path, record: dict[str, Any]) -> None:
                 f"{path} names another {key.removesuffix('s')} than there is now, by its contents: put the old one "
                 "back, or choose another output"
             )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The ``provenance.json`` of a run.
+
+    Raises:
+        InputError: it is missing, or damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a record of a run ({error}); choose another output") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: not a record of a run; choose another output")
+    return record
 
 
 def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:

@@ -6,6 +6,7 @@ from distill.ensembles import Nobody
 from distill.losses.base import FaceLoss
 from distill.losses.cross_architecture import URFM, PromptGuard
 from distill.losses.features import FeatureLoss
+from distill.losses.mutual import EachPeer
 from distill.mixtures import recurring
 from distill.objective import Objective
 from distill.settings import Run
@@ -41,6 +42,12 @@ def check_labelled(run: Run, objective: Objective, labelled: bool) -> None:
             f"losses.{objective.needs_labels[0]} needs labels, and {name} has none; "
             "for a corpus, pseudo_identities makes some"
         )
+    for term in objective.scattered:
+        if term not in objective.needs_labels or not source.scatters:
+            raise InputError(
+                f"losses.{term}.scattered: it is for a loss of labels, and for faces of which some come together and "
+                "some do not: set together and scattered of the source"
+            )
     if run.pseudo_identities is not None and not isinstance(source, Rows):
         raise InputError(f"pseudo_identities are clusters of the faces of one corpus, and {name} is none")
 
@@ -85,6 +92,7 @@ def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:
         InputError: naming the loss, or the setting, that does not fit.
     """
     pupils = []
+    rule = None if run.adaptive is None else run.adaptive.rule
     for name, loss in objective.terms():
         if isinstance(run.teacher, Nobody) and loss.needs_teacher:
             raise InputError(f"losses.{name}: {type(loss).__name__} learns from a teacher, and there is none")
@@ -92,9 +100,9 @@ def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:
             raise InputError(
                 f"losses.{name}: framing is {loss.framing}, and the teacher knows {teacher.spec.framing} crops"
             )
-        if isinstance(loss, PromptGuard) and run.adaptive is not None and run.adaptive.rule in ("matched", "literal"):
+        if isinstance(loss, PromptGuard | EachPeer) and rule in ("matched", "literal"):
             raise InputError(
-                f"adaptive.rule {run.adaptive.rule} follows gradients of the student, and losses.{name} has none: "
+                f"adaptive.rule {rule} follows gradients of the student, and losses.{name} has none: "
                 "use magnitude or learned, or weights that stay"
             )
         if isinstance(loss, FeatureLoss) and loss.teacher_learns:
@@ -103,6 +111,8 @@ def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:
         raise InputError(f"losses.{pupils[0]}: teacher_learns is for a teacher with prompts; set prompts")
     if run.prompts is not None and not pupils:
         raise InputError("prompts: no loss lets the teacher learn; set teacher_learns of URFM")
+    if run.prompts is not None and not any(isinstance(loss, PromptGuard) for _, loss in objective.terms()):
+        raise InputError("prompts: nothing holds the teacher near what it knows; add a PromptGuard to the losses")
 
 
 def mirrored(run: Run, objective: Objective) -> list[str]:

@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 import faceless
@@ -101,6 +102,7 @@ class Snapshots(Teachers):
     def load(self) -> list[Recognizer]:
         stages = self.stages
         if isinstance(stages, str):
+            check_complete(Path(stages))
             stages = [str(path) for path in sorted(Path(stages).glob("step-*"))]
         if len(stages) < 2:
             raise InputError(f"teacher.stages {self.stages}: found {len(stages)} snapshots; two or more make steps")
@@ -110,6 +112,37 @@ class Snapshots(Teachers):
                 raise InputError(f"teacher.stages: {stage} and {stages[-1]} differ in embedding dimension or framing")
         nets[-1].source["stages"] = [{key: net.source[key] for key in ("source", "sha256")} for net in nets]
         return nets
+
+
+def snapshot_steps(every: int | None, steps: int) -> list[int]:
+    """After which steps a run of so many keeps its student: every so many, and after the last.
+
+    >>> snapshot_steps(300, 1000)
+    [300, 600, 900, 1000]
+    """
+    return [] if every is None else [*range(every, steps, every), steps]
+
+
+def check_complete(folder: Path) -> None:
+    """Compare a run's folder of snapshots with the run's settings, which lie beside it; without these any will do.
+
+    Raises:
+        InputError: a snapshot is missing, as the run is not finished, or somebody took it away.
+    """
+    path = folder.parent / "settings.yaml"
+    if not folder.is_dir() or not path.is_file():
+        return
+    try:
+        settings = yaml.safe_load(path.read_text(errors="replace"))
+        wanted = snapshot_steps(settings["snapshot_every"], settings["steps"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged; put it back, or list the snapshots in teacher.stages") from error
+    missing = [step for step in wanted if not (folder / f"step-{step:08d}").is_dir()]
+    if missing:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(wanted)} snapshots, the first of step {missing[0]}: finish that "
+            "run, or list those to take in teacher.stages"
+        )
 
 
 class Silence(nn.Module):
@@ -262,8 +295,13 @@ class Fusion(nn.Module):
                 left, _, right = torch.linalg.svd(unit.T @ units[self.reference], full_matrices=False)
                 cast(Fit, self.fits[i]).turn.copy_(left @ right)
         if self.basis is not None:
-            self.basis.copy_(torch.linalg.svd(torch.cat(units, 1), full_matrices=False)[2][: self.embedding_dim].T)
-        if processes() > 1:  # to the bit
+            basis = torch.linalg.svd(torch.cat(units, 1), full_matrices=False)[2][: self.embedding_dim].T
+            largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+            self.basis.copy_(basis * largest.sign())  # a direction has no sign of its own
+
+    def share(self) -> None:
+        """Take over what the first process learned in `calibrate`, to the bit."""
+        if processes() > 1:
             for buffer in (*self.fits.buffers(), *([] if self.basis is None else [self.basis])):
                 dist.broadcast(buffer, 0)
 
@@ -296,12 +334,17 @@ class FusedRecognizer(Recognizer):
     def fusion(self) -> Fusion:
         return cast(Fusion, self.backbone)
 
-    def calibrate(self, faces: Tensor) -> None:
-        """`Fusion.calibrate`, once; the digest that caches go by then knows the faces too."""
-        self.fusion.calibrate(faces)
-        self.source["sha256"] = hashlib.sha256(
-            self.source["sha256"].encode() + faces.contiguous().numpy().tobytes()
-        ).hexdigest()
+    def know(self, faces: Tensor, shown: Any) -> None:
+        """Let the digest that caches and records go by name what `calibrate` is to see.
+
+        Args:
+            faces: ``[N, 3, H, W]`` uint8, before augmentation, whose bits would depend on the CPU.
+            shown: what is done to them, in JSON.
+        """
+        known = hashlib.sha256(self.source["sha256"].encode())
+        known.update(faces.contiguous().numpy().tobytes())
+        known.update(json.dumps(shown).encode())
+        self.source["sha256"] = known.hexdigest()
 
     def preprocess(self, images: Tensor) -> Tensor:
         return images

@@ -109,6 +109,7 @@ class MixtureSource(Source):
         self.aside = self.sources if held_out is None else {held_out: parts[held_out].source}
         self.size = size
         self.weighs = any(source.weighs for source in self.sources.values())
+        self.scatters = any(source.scatters for source in self.sources.values())
 
     @property
     def everyone(self) -> dict[str, Source]:
@@ -197,12 +198,18 @@ class MixtureSource(Source):
             ones = torch.ones(self.place.batch_size, device=self.place.device)
             every = [ones[: len(b.images)] if b.weights is None else b.weights for b in batches]
             weights = torch.cat(every)[moved(self.order, self.place.device)]
+        scattered = None
+        if self.scatters:
+            alone = torch.ones(self.place.batch_size, dtype=torch.bool)
+            scattered = torch.cat([alone[: len(b.images)] if b.scattered is None else b.scattered for b in batches])
+            scattered = scattered[self.order]
         return MixedBatch(
             self._images(found),
             MixedRng.join([batch.rng for batch in batches], self.order),
             labels,
             landmarks=landmarks,
             weights=weights,
+            scattered=scattered,
             parts={name: (self.where[name], batch) for name, batch in found.items()},
         )
 

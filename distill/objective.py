@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.cohort import PEER
 from distill.gather import processes
 from distill.losses.base import Loss
 from distill.losses.embedding import Centering
@@ -18,6 +19,12 @@ from faceless.errors import InputError, suggest
 from faceless.recognizer import Output, Recognizer
 
 SCALE = 1024.0  # of gradients whose norms are taken
+# What is missing where a loss wants a feature of such a name.
+WANTED = {
+    PEER: "the losses of distill.losses.mutual are for students with peers; name them under peers",
+    "prompted": "PromptGuard is for a teacher with prompts; set prompts",
+    "unprompted": "PromptGuard is for a teacher with prompts; set prompts",
+}
 LOGS = 7.0  # learned weights stay within about a thousandth and a thousand times the fixed ones
 
 
@@ -198,10 +205,12 @@ class Objective(nn.Module):
         weights: by the same names.
         student_dim, teacher_dim: D of the two networks.
         center: subtract the teacher's mean embedding (see `Centering`).
-        projection: ``"linear"`` maps a student of another D to the teacher's D with a bias-free matrix that is trained
-            along and dropped afterwards; ``"none"`` refuses.
+        peer_dims: D of the student's peers.
+        projection: ``"linear"`` maps a student, or a peer, of another D to the teacher's D with a bias-free matrix that
+            is trained along and dropped afterwards; ``"none"`` refuses.
         adaptive: let the weights follow the gradients; None keeps them.
         classifier: give both outputs logits over the training identities; None takes what the networks give.
+        scattered: names of the losses for which faces that were shown together have no label.
 
     Attributes:
         prompts: those of a teacher that learns (`distill.prompts`), which train along; None for a frozen teacher.
@@ -223,10 +232,12 @@ class Objective(nn.Module):
         *,
         student_dim: int,
         teacher_dim: int,
+        peer_dims: Sequence[int] = (),
         center: bool = False,
         projection: str = "linear",
         adaptive: Adaptive | None = None,
         classifier: Classifier | None = None,
+        scattered: Collection[str] = (),
     ):
         super().__init__()
         if set(losses) != set(weights):
@@ -234,18 +245,20 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
         self.centering = Centering(teacher_dim) if center else None
-        self.projection: nn.Linear | None = None
-        if student_dim != teacher_dim:
-            if projection == "none":
-                raise InputError(
-                    f"the student's embeddings have {student_dim} numbers and the teacher's {teacher_dim}: set "
-                    f"student.embedding_dim to {teacher_dim}, or projection to linear"
-                )
-            self.projection = nn.Linear(student_dim, teacher_dim, bias=False)
+        if projection == "none" and (other := {student_dim, *peer_dims} - {teacher_dim}):
+            raise InputError(
+                f"the student's embeddings have {min(other)} numbers and the teacher's {teacher_dim}: set "
+                f"student.embedding_dim (and that of peers) to {teacher_dim}, or projection to linear"
+            )
+        self.projection = nn.Linear(student_dim, teacher_dim, bias=False) if student_dim != teacher_dim else None
+        self.of_peers = nn.ModuleDict(
+            {str(i): nn.Linear(dim, teacher_dim, bias=False) for i, dim in enumerate(peer_dims) if dim != teacher_dim}
+        )
         self.balance = GradientBalance(adaptive, losses, weights) if adaptive is not None else None
         self.scores: ClassScores | None = None
         if classifier is not None:
             self.scores = ClassScores(teacher_dim, scale=classifier.scale, learned=classifier.student == "learned")
+        self.scattered = frozenset(scattered)
         self.prompts: nn.Module | None = None
         self._watched: list[nn.Parameter] = []
 
@@ -338,6 +351,9 @@ class Objective(nn.Module):
         except AttributeError as error:
             layers = [name for name, _ in network.backbone.named_modules() if name]
             missing = next((name for name in names if name not in layers), str(error))
+            for start, wanted in WANTED.items():
+                if missing.startswith(start):
+                    raise InputError(f"the {who} has no {missing!r}: {wanted}") from error
             raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
         network.train(training)
         return found
@@ -358,11 +374,15 @@ class Objective(nn.Module):
         return student, teacher
 
     def _projected(self, student: Output) -> Output:
-        if self.projection is None:
-            return student
+        embedding, features = student.embedding, dict(student.features)
         # In full precision wherever it is asked: in training, under autocast, and for validation, outside of it.
-        with torch.autocast(student.embedding.device.type, enabled=False):
-            return replace(student, embedding=self.projection(student.embedding.to(self.projection.weight.dtype)))
+        with torch.autocast(embedding.device.type, enabled=False):
+            if self.projection is not None:
+                embedding = self.projection(embedding.to(self.projection.weight.dtype))
+            for number, projection in self.of_peers.items():
+                if (name := f"{PEER}{number}") in features:
+                    features[name] = projection(features[name].to(cast(nn.Linear, projection).weight.dtype))
+        return replace(student, embedding=embedding, features=features)
 
     def _scored(self, student: Output, teacher: Output) -> tuple[Output, Output]:
         if self.scores is None:
@@ -370,14 +390,28 @@ class Objective(nn.Module):
         return self.scores.of_student(student), self.scores.of_teacher(teacher)
 
     def forward(
-        self, student: Output, teacher: Output, labels: Tensor | None = None, weights: Tensor | None = None
+        self,
+        student: Output,
+        teacher: Output,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        scattered: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, and each loss before weighting, detached; ``weights [B]`` are those of the faces."""
+        """The scalar to minimise, and each loss before weighting, detached.
+
+        Args:
+            weights: ``[B]``, of the faces.
+            scattered: ``[B]``, whether a face came by itself.
+        """
         student = self._projected(student)
         if self.centering is not None:
             teacher = self.centering(teacher)
         student, teacher = self._scored(student, teacher)
-        terms = {name: loss(student, teacher, labels, weights) for name, loss in self.terms()}
+        of_loose = labels if labels is None or scattered is None else labels.masked_fill(~scattered, -1)
+        terms = {
+            name: loss(student, teacher, of_loose if name in self.scattered else labels, weights)
+            for name, loss in self.terms()
+        }
         if self.balance is None:
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         else:

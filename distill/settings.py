@@ -37,10 +37,18 @@ class Student:
 
 @dataclass
 class Term:
-    """One loss and its weight in the sum."""
+    """One loss and its weight in the sum.
+
+    Args:
+        loss: the loss.
+        weight: its weight.
+        scattered: for a loss of labels: count the faces only that came by themselves, and not those that a source with
+            ``scattered`` groups shows together (EKD's classes). Null counts all.
+    """
 
     loss: Loss
     weight: float = 1.0
+    scattered: bool | None = None
 
 
 @dataclass
@@ -142,7 +150,8 @@ class Run:
         chain: train several students, each taught by the one before, and the first by ``teacher``: for each the dotted
             keys in which it differs from this recipe; the seed counts up by itself. All but the last, which is the
             run's, are whole runs of their own in ``output/link-1``, ``output/link-2``, and so on.
-        snapshot_every: keep the student as it is every so many steps in ``output/snapshots``; null keeps none.
+        snapshot_every: keep the student as it is every so many steps, and at the end, in ``output/snapshots``; null
+            keeps none.
         augment: what is done to the faces that teacher and student see.
         teacher_sees: ``view``: the augmented face that the student sees; or ``face``: the face before augmentation,
             so that the student learns to see through the augmentation.

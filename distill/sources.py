@@ -64,6 +64,7 @@ class Batch:
         landmarks: ``[B, 5, 2]`` x and y of eyes, nose tip and mouth corners, in sides of the image from its upper left
             corner, where they are known; not finite for a face without.
         weights: ``[B]`` of the faces in the losses, from a source that `Source.weighs`.
+        scattered: ``[B]`` whether a face came by itself, from a source that shows the others of an identity together.
     """
 
     images: Tensor
@@ -75,6 +76,7 @@ class Batch:
     shown: Tensor | None = None
     landmarks: Tensor | None = None
     weights: Tensor | None = None
+    scattered: Tensor | None = None
 
 
 @dataclass
@@ -108,12 +110,14 @@ class Source(ABC):
         classes: how many identities the labels name; known after `prepare`.
         real: whether its faces are of real people.
         weighs: whether batches carry weights of their faces.
+        scatters: whether batches say which faces came by themselves.
     """
 
     labelled = False
     classes = 0
     real = False
     weighs = False
+    scatters = False
 
     def people(self) -> list[tuple[str, str | None]]:
         """Whose pictures it trains on, known before `prepare`: benchmarks or folders, and which people of each."""
@@ -210,20 +214,32 @@ class Rows(Source):
         in_memory: keep the decoded faces in memory.
         together: show so many faces of one identity one after the other (fewer where it has fewer), so that a batch
             has genuine pairs, which losses of pairs want; still every face once in an epoch. Needs labels if above 1.
+        scattered: share of these groups whose faces come one by one instead, in any order, between the others; null
+            keeps all groups. A loss may count these faces alone (`distill.settings.Term`).
     """
 
-    def __init__(self, *, path: str, views: int | None = None, in_memory: bool = False, together: int = 1):
+    def __init__(
+        self,
+        *,
+        path: str,
+        views: int | None = None,
+        in_memory: bool = False,
+        together: int = 1,
+        scattered: float | None = None,
+    ):
         if views is not None and views < 1:
             raise InputError(f"views is {views}; use 1 or more, or null for a new view in every epoch")
         if together < 1:
             raise InputError(f"together is {together}; use 1 for faces in any order, or more")
+        if scattered is not None and (not 0 < scattered < 1 or together == 1):
+            raise InputError(f"scattered is {scattered}; it is a share between 0 and 1 of groups, which together makes")
         self.path = path
         self.views = views
         self.in_memory = in_memory
-        self.together = together
+        self.together, self.scattered, self.scatters = together, scattered or 0.0, scattered is not None
         self.labels: Tensor | None = None
         self.landmarks: Tensor | None = None
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._memory: Tensor | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -279,27 +295,27 @@ class Rows(Source):
         return self.read(rows) if self._memory is None else self._memory[rows]
 
     def position(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows ``[B]`` and epochs ``[B]`` of this process's samples of a step."""
+        """Rows ``[B]`` of this process's samples of a step, and ``[B]`` whether each came by itself."""
         samples = torch.arange(step * self.place.batch_size, (step + 1) * self.place.batch_size)[self.place.share()]
         epochs = samples // self.size
-        rows = torch.empty_like(samples)
+        rows, alone = torch.empty_like(samples), torch.empty(len(samples), dtype=torch.bool)
         for epoch in epochs.unique().tolist():
             chosen = epochs == epoch
-            rows[chosen] = self._order(epoch)[samples[chosen] % self.size]
-        return rows, epochs
+            rows[chosen], alone[chosen] = (part[samples[chosen] % self.size] for part in self._order(epoch))
+        return rows, alone
 
-    def _order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
         if epoch not in self._orders:
             # The two latest: around the end of an epoch, both are asked for several times.
             latest = list(self._orders.items())[-1:]
             self._orders = dict([*latest, (epoch, self._shuffled(epoch))])
         return self._orders[epoch]
 
-    def _shuffled(self, epoch: int) -> Tensor:
-        """``[size]``: the rows in the order of an epoch."""
+    def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """``[size]``: the rows in the order of an epoch, and ``[size]`` whether each comes by itself."""
         order = permutation(self.place.seed, "order", self.size, epoch)
         if self.together == 1:
-            return order
+            return order, torch.ones(self.size, dtype=torch.bool)
         if self.labels is None:
             raise InputError(f"{self.name()}: together is {self.together}, and the faces have no labels")
         # Each identity's faces, in random order, are cut into groups, and the groups are shuffled.
@@ -312,7 +328,13 @@ class Rows(Source):
         alone = (sorted_labels < 0) | (within % self.together == 0)
         group = alone.cumsum(0) - 1
         places = permutation(self.place.seed, "groups", int(group[-1]) + 1, epoch)
-        return order[places[group].argsort(stable=True)]
+        places, found = places[group].sort(stable=True)
+        order = order[found]
+        # Of these groups every so many, evenly spread, leave their places to each other's faces.
+        open_places = ((places + 1) * self.scattered).floor() > (places * self.scattered).floor()
+        loose = order[open_places]
+        order[open_places] = loose[permutation(self.place.seed, "scattered", len(loose), epoch)]
+        return order, open_places
 
     def _next(self, rows: Tensor) -> Tensor:
         return pinned(self.faces(rows), self.place.device)
@@ -324,7 +346,7 @@ class Rows(Source):
     def batch(self, step: int) -> Batch:
         if self._reader is None:
             raise RuntimeError("prepare the source first")
-        rows, _ = self.position(step)
+        rows, alone = self.position(step)
         ahead = self._ahead
         images = ahead[1].result() if ahead is not None and ahead[0] == step else self._next(rows)
         # The next batch is read while this one is computed with.
@@ -334,7 +356,10 @@ class Rows(Source):
         view = epoch if self.views is None else epoch % self.views
         labels = None if self.labels is None else self.labels[rows]
         landmarks = None if self.landmarks is None else self.landmarks[rows]
-        return Batch(images, self.augmentation(rows, view), labels, rows, view, landmarks=landmarks)
+        scattered = alone if self.scatters else None
+        return Batch(
+            images, self.augmentation(rows, view), labels, rows, view, landmarks=landmarks, scattered=scattered
+        )
 
     def held_out(self) -> Tensor:
         return self.faces(torch.arange(self.size, self.total()))
@@ -355,7 +380,7 @@ class CorpusSource(Rows):
             corpus's own ``identity`` column, if it has one.
         landmarks: a ``.npy`` file with the landmarks of each row, from ``mining/landmarks.py``, for losses that ask
             where in a face a place is.
-        views, in_memory, together: see `Rows`.
+        views, in_memory, together, scattered: see `Rows`.
     """
 
     def __init__(
@@ -369,8 +394,9 @@ class CorpusSource(Rows):
         views: int | None = None,
         in_memory: bool = False,
         together: int = 1,
+        scattered: float | None = None,
     ):
-        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together, scattered=scattered)
         self.recipe, self.limit, self.label_file, self.landmark_file = recipe, faces, labels, landmarks
 
     def write(self) -> None:
@@ -509,7 +535,7 @@ class FolderSource(Rows):
         framing, size: how and to what side faces are aligned (see `faceless.align`).
         aligned: whether the images are crops of that framing already, which are then read when they are needed.
             Photographs are cut at the start of a run, and their crops stay in memory.
-        views, in_memory, together: see `Rows`.
+        views, in_memory, together, scattered: see `Rows`.
     """
 
     labelled = True
@@ -526,8 +552,9 @@ class FolderSource(Rows):
         views: int | None = None,
         in_memory: bool = False,
         together: int = 1,
+        scattered: float | None = None,
     ):
-        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together, scattered=scattered)
         check_crops(framing, size)
         self.chosen, self.framing, self.side, self.aligned = people, framing, size, aligned
         self.crops: Tensor | None = None
@@ -599,7 +626,7 @@ class ParquetSource(Rows):
         size: side to which faces are resized; they must be aligned crops already.
         framing: how they are cut, ``dlib`` or ``arcface`` (see `faceless.align`); None if that is not known.
         real: whether they are of real people. A run that trains on real faces says so loudly.
-        views, in_memory, together: see `Rows`.
+        views, in_memory, together, scattered: see `Rows`.
     """
 
     def __init__(
@@ -614,8 +641,9 @@ class ParquetSource(Rows):
         views: int | None = None,
         in_memory: bool = False,
         together: int = 1,
+        scattered: float | None = None,
     ):
-        super().__init__(path=path, views=views, in_memory=in_memory, together=together)
+        super().__init__(path=path, views=views, in_memory=in_memory, together=together, scattered=scattered)
         check_crops(framing, size)
         self.image, self.label_column, self.side, self.framing, self.real = image, label, size, framing, real
 

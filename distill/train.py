@@ -28,7 +28,7 @@ from distill.chain import check_links, finished, links
 from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
 from distill.checks import check_cache, check_classes, check_labelled, check_teacher, check_weights, mirrored
 from distill.cohort import alone
-from distill.ensembles import load_teachers
+from distill.ensembles import load_teachers, snapshot_steps
 from distill.finish import finish, load_benchmark, make_record, reals, student_record
 from distill.global_norm import globalize
 from distill.muon import Muon
@@ -176,6 +176,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
         accelerator.log(figures, step=step)
 
     framing = teacher_net.spec.framing
+    kept = snapshot_steps(run.snapshot_every, run.steps)
     trained.train()
     objective.train()
     with bar:
@@ -194,10 +195,11 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
             if batch.landmarks is not None:
                 points = run.augment.points(batch.landmarks, batch.rng)
                 out.features["landmarks"] = moved(points, device)
-                kept = points if run.teacher_sees == "view" else batch.landmarks
-                seen.features["landmarks"] = moved(kept, device)
+                known = points if run.teacher_sees == "view" else batch.landmarks
+                seen.features["landmarks"] = moved(known, device)
             labels = None if batch.labels is None else moved(batch.labels, device)
-            loss, terms = objective(out, seen, labels, batch.weights)
+            scattered = None if batch.scattered is None else moved(batch.scattered, device)
+            loss, terms = objective(out, seen, labels, batch.weights, scattered)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
             rate = learning_rate(run.optimizer, step, run.steps)
@@ -231,7 +233,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 agreement = validator(average)
                 tell({"validation": agreement}, {f"validation/{name}": value for name, value in agreement.items()})
                 since, since_step = time.perf_counter(), step
-            if run.snapshot_every and step % run.snapshot_every == 0 and main_process:
+            if main_process and step in kept:
                 current = average if run.ema else accelerator.unwrap_model(student)
                 faceless.save(current, output / "snapshots" / f"step-{step:08d}", student_record(run, record))
             if step % run.checkpoint_every == 0 or step == run.steps:

@@ -22,6 +22,17 @@ def random_rows(count: int, dim: int, seed: int, purpose: str, std: float = 0.01
     return torch.cat(pieces) * std
 
 
+class ClassCenters(nn.Module):
+    """Cosines ``[B, C]`` of embeddings ``[B, D]`` to class centers that learn."""
+
+    def __init__(self, embedding_dim: int, classes: int, seed: int, purpose: str):
+        super().__init__()
+        self.centers = nn.Parameter(random_rows(classes, embedding_dim, seed, purpose))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x) @ F.normalize(self.centers.to(x.dtype)).T
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise ValueError for labels outside -1..classes-1; on the CPU only, elsewhere looking makes the host wait."""
     if labels.device.type == "cpu" and len(labels) and not -1 <= labels.min() <= labels.max() < classes:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.base import Loss, labeled_mean, mean, positive
-from distill.losses.margin import check_labels, random_rows
+from distill.losses.margin import ClassCenters, check_labels
 from faceless.recognizer import Output
 
 
@@ -109,15 +109,6 @@ class Mutual(_Copies):
         return torch.stack(terms).sum() / (len(everyone) - 1)
 
 
-class _Classifier(nn.Module):
-    def __init__(self, embedding_dim: int, classes: int, seed: int, purpose: str):
-        super().__init__()
-        self.centers = nn.Parameter(random_rows(classes, embedding_dim, seed, purpose))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x) @ F.normalize(self.centers.to(x.dtype)).T
-
-
 class DeepMutual(_PeerLoss):
     """Deep mutual learning: student and peers classify, and each matches the scores of the others.
 
@@ -169,7 +160,7 @@ class DeepMutual(_PeerLoss):
         self.scale, self.temperature = positive(scale=scale), positive(temperature=temperature)
         self.weight = weight
         self.classifiers = nn.ModuleList(
-            _Classifier(embedding_dim, classes, seed or 0, f"class centers {i}") for i in range(peers + 1)
+            ClassCenters(embedding_dim, classes, seed or 0, f"class centers {i}") for i in range(peers + 1)
         )
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:

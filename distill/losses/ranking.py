@@ -29,7 +29,9 @@ class EKD(Loss):
     The official code (Tencent/TFace) starts its running means at zero, so that thresholds are 1 % of their value after
     the first step and half of it after 69; here they are divided by the weight that they have gathered. Its gradient
     grows with the number of processes, ours is that of one process with the whole batch. A batch without genuine pairs
-    gives NaN there, one without impostor pairs an error; here such a term is 0.
+    gives NaN there, one without impostor pairs an error; here such a term is 0. Its batches are half of single faces
+    and half of four faces of an identity each, and the second half does not count in the softmax beside it: recipe
+    ``ekd`` has that from ``together`` and ``scattered`` (`distill.sources.Rows`, `distill.settings.Term`).
 
     Args:
         one_in: impostor pairs per false match, for each threshold. More than there are pairs takes the hardest pair.

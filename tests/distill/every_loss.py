@@ -21,6 +21,7 @@ from distill.losses import (
     probabilistic,
     ranking,
     relational,
+    self_distillation,
     unified,
 )
 from distill.losses.base import Loss
@@ -99,6 +100,8 @@ EVERY: dict[str, Callable[[int], Loss]] = {
     "each-peer": lambda d: mutual.EachPeer(loss=contrastive.QUD(embedding_dim=d, queue_size=12)),
     "mutual": lambda d: mutual.Mutual(loss=embedding.CosineEmbedding(), peers=2),
     "deep-mutual": lambda d: mutual.DeepMutual(embedding_dim=d, classes=6, peers=2),
+    "self": lambda d: prepared(self_distillation.DeepToShallow(layers=["map", "wide"]), d, d),
+    "self-labels": lambda d: prepared(self_distillation.DeepToShallow(layers=["map", "wide"], classes=6), d, d),
     "prompt-guard": lambda d: cross_architecture.PromptGuard(),
 }
 
@@ -130,6 +133,7 @@ HEADS = {name for name in EVERY if name.startswith(("arc", "cosf", "cosd", "sphe
 
 # Their derivative is not that of their value, by definition.
 STRAIGHT_THROUGH = {"crd", "arcface", "arcface-sampled", "sphereface2", "unified-labels", "mutual", "deep-mutual"}
+STRAIGHT_THROUGH |= {"self", "self-labels"}
 
 # Losses that accept a student of another dimension.
 ANY_DIM = OF_PAIRS | {"cross-entropy", "attention", "attention-spatial", "mutual", "prompt-guard"}

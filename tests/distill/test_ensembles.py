@@ -55,7 +55,7 @@ def matrix(rows: int = 48, dim: int = 8, seed: int = 0) -> torch.Tensor:
 
 def fused(how: str, *members: Recognizer, **options: Any) -> FusedRecognizer:
     made = FusedRecognizer(Fusion(members, how, **options), 200).eval().requires_grad_(False)
-    made.calibrate(faces())
+    made.fusion.calibrate(faces())
     return made
 
 
@@ -91,6 +91,9 @@ def test_a_reduced_concatenation_keeps_its_principal_directions() -> None:
     expected = new @ np.linalg.eigh(rows.T @ rows)[1][:, -7:]
     found = less(faces(40, seed=1)).embedding.double().numpy()
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    # Each direction's sign is settled, so that another machine shows the student the same target.
+    basis = less.fusion.basis
+    assert basis is not None and (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
     with pytest.raises(InputError, match="the members have 19"):
         Fusion(nets, "concatenate", embedding_dim=20)
     with pytest.raises(InputError, match="for fusion concatenate"):
@@ -102,13 +105,13 @@ def test_an_ensemble_is_calibrated_on_faces_as_its_run_shows_them(
     tmp_path: Path, sees: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[torch.Tensor] = []
-    calibrate = FusedRecognizer.calibrate
+    calibrate = Fusion.calibrate
 
-    def kept(self: FusedRecognizer, faces: torch.Tensor) -> None:
+    def kept(self: Fusion, faces: torch.Tensor) -> None:
         shown.append(faces)
         calibrate(self, faces)
 
-    monkeypatch.setattr(FusedRecognizer, "calibrate", kept)
+    monkeypatch.setattr(Fusion, "calibrate", kept)
     path = ensemble_recipe(tmp_path, teacher_sees=sees, augment={"size": 32, "blur": 1.0, "blur_sigma": 3.0}, steps=1)
     main(["--config", str(path)])
     (given,) = shown
@@ -117,6 +120,18 @@ def test_an_ensemble_is_calibrated_on_faces_as_its_run_shows_them(
     plain = ensemble_sample(path).float()
     sharp = (plain[:, :, :, 1:] - plain[:, :, :, :-1]).abs().mean()
     assert (steps < 0.7 * sharp) == (sees == "view")
+
+
+def test_the_digest_of_an_ensemble_follows_its_members_and_what_they_are_shown() -> None:
+    def digest(shown: Any = None, of: torch.Tensor | None = None, **options: Any) -> str:
+        net = FusedRecognizer(Fusion([linear(matrix()), linear(matrix(seed=1))], "mean", **options), 20)
+        net.know(faces(20) if of is None else of, shown)
+        return str(net.source["sha256"])
+
+    assert digest() == digest() and digest({"blur": 0.1}) == digest({"blur": 0.1})
+    others = [digest(), digest({"blur": 0.1}), digest({"blur": 0.2}), digest(of=faces(20, seed=1))]
+    others.append(digest(center=False))
+    assert len(set(others)) == len(others)
 
 
 def ensemble_sample(path: Path) -> torch.Tensor:
@@ -191,7 +206,7 @@ def test_too_few_faces_or_members_are_named() -> None:
         Ensemble(members=["a"])
     pair = FusedRecognizer(Fusion([linear(matrix(), **SMALL), linear(matrix(), **SMALL)], "mean"), 4)
     with pytest.raises(InputError, match="4 faces cannot align"):
-        pair.calibrate(faces(4))
+        pair.fusion.calibrate(faces(4))
 
 
 def members(folder: Path) -> list[str]:
@@ -262,7 +277,7 @@ def test_a_student_knows_which_faces_are_bad() -> None:
     spec: dict[str, Any] = {"height": 64, "width": 64}
     members = [linear(base, **spec), linear(base @ turn + 0.3 * matrix(768, 32, 2), **spec)]
     teacher = FusedRecognizer(Fusion(members, "von-mises-fisher"), 200).eval()
-    teacher.calibrate(pictures(200, 1, 0).images)
+    teacher.fusion.calibrate(pictures(200, 1, 0).images)
     student = Recognizer(Linear(0.03 * matrix(768, 32, 3)), InputSpec(**spec))
     degrade = Degrade(resolutions=[64, 28, 20, 14, 10, 7])
     loss, optimizer = VonMisesFisher(), torch.optim.Adam(student.parameters(), 0.01)

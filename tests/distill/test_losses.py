@@ -69,6 +69,8 @@ def held_fixed(name, loss, S, T, labels):
         return crd
     if name in ("mutual", "deep-mutual"):
         return taught_by_constants(name, loss, S, labels)
+    if name in ("self", "self-labels"):
+        return exits_taught_by_constants(loss, S, T, labels)
     head = loss.recognition if name == "unified-labels" else loss
     centers, places = head.centers.detach(), labels
     if name == "arcface-sampled":
@@ -119,6 +121,30 @@ def taught_by_constants(name, loss, S, labels):
             if name == "deep-mutual":
                 total = total - mine.log_softmax(1)[range(len(S)), labels].mean()
         return total
+
+    return students
+
+
+def exits_taught_by_constants(loss, S, T, labels):
+    cosine, pool = torch.nn.functional.cosine_similarity, torch.nn.functional.adaptive_avg_pool2d
+
+    def students(x):
+        total = 0.0
+        for i, name in enumerate(("map", "wide")):
+            e = pool(output(x).features[name], 4).flatten(1) @ loss.exits[i].linear.weight.detach().T
+            total = total + 0.03 * (e - S).square().mean()
+            if loss.classes is None:
+                total = total + 0.7 * (1 - cosine(e, T)).mean() + 0.3 * (1 - cosine(e, S)).mean()
+            else:
+                p, q = (scores(net, y).log_softmax(1) for net, y in ((0, S), (i + 1, e)))
+                total = total - 0.7 * q[range(len(S)), labels].mean() + 0.3 * (p.exp() * (p - q)).sum(1).mean()
+        if loss.classes is not None:
+            total = total - scores(0, x).log_softmax(1)[range(len(S)), labels].mean()
+        return total
+
+    def scores(number, x):
+        unit = torch.nn.functional.normalize
+        return 32 * unit(x) @ unit(loss.classifiers[number].centers.detach()).T
 
     return students
 
@@ -240,6 +266,7 @@ def test_evaluation_changes_nothing(name):
         - HEADS
         - {"crd", "kd", "dkd", "nkd", "hint-adapted", "hints", "attention", "attention-similarity", "attention-spatial"}
         - {"kd-standardized", "kd-adversarial", "urfm", "mutual", "deep-mutual", "prompt-guard"}
+        - {"self", "self-labels"}
     ),
 )
 def test_training_on_it_moves_the_student_to_the_teacher(name):

@@ -70,6 +70,22 @@ def test_identities_of_the_parts_are_kept_apart_and_the_unlabelled_have_none(tmp
             assert torch.equal(batch.labels[where], part.labels + expected)
 
 
+def test_faces_of_parts_without_groups_come_by_themselves(tmp_path: Path) -> None:
+    settings = {"path": str(folder(tmp_path / "a", people=3, images=8)), "size": 32, "aligned": True}
+    parts = {
+        "grouped": Part(FolderSource(**settings, together=4, scattered=0.5), 1),
+        "single": Part(FolderSource(**settings), 1),
+    }
+    source = MixtureSource(parts=parts)
+    source.prepare(Place(seed=3, batch_size=16))
+    batch = source.batch(0)
+    assert source.scatters and batch.scattered is not None
+    assert batch.scattered[source.where["single"]].all()
+    assert torch.equal(batch.scattered[source.where["grouped"]], batch.parts["grouped"][1].scattered)
+    assert batch.scattered.sum() == 12
+    assert mixture(tmp_path / "other").batch(0).scattered is None
+
+
 def test_landmarks_of_the_parts_stand_at_their_faces_and_the_others_have_none(tmp_path: Path) -> None:
     source, drawn = mixture(tmp_path), Rng.of(0, "landmarks", range(15)).uniform(5, 2)
     assert source.batch(0).landmarks is None

@@ -16,6 +16,8 @@ from distill.losses.contrastive import QUD
 from distill.losses.embedding import CosineEmbedding, FeatureL2
 from distill.losses.features import Hint
 from distill.losses.logits import CrossEntropy, LogitKD
+from distill.losses.margin import ArcFace
+from distill.losses.ranking import EKD
 from distill.objective import Adaptive, Classifier, GradientBalance, Objective
 from distill.settings import Optimizer
 from distill.train import make_optimizer
@@ -40,6 +42,21 @@ def test_weighted_sum() -> None:
     assert float(terms["a"]) == pytest.approx(cosine, rel=1e-5)
     assert float(terms["b"]) == pytest.approx(squares, rel=1e-5)
     assert float(loss) == pytest.approx(2 * cosine + 0.25 * squares, rel=1e-5)
+
+
+def test_faces_that_come_together_have_no_label_for_some_losses() -> None:
+    student, teacher = outputs()
+    head = ArcFace(embedding_dim=8, classes=4)
+    labels, alone = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([False, False, True, True, True])
+    losses: dict[str, Loss] = {"arcface": head, "ekd": EKD()}
+    objective = Objective(
+        losses, dict.fromkeys(losses, 1.0), student_dim=8, teacher_dim=8, scattered=["arcface"]
+    ).eval()
+    _, terms = objective(student, teacher, labels, None, alone)
+    chosen = [Output(x.embedding[2:]) for x in (student, teacher)]
+    torch.testing.assert_close(terms["arcface"], head(*chosen, labels[2:]).detach())
+    assert terms["arcface"] != head(student, teacher, labels)
+    torch.testing.assert_close(terms["ekd"], EKD().eval()(student, teacher, labels))
 
 
 def test_centering_moves_the_teacher_only_and_comparable_agrees_with_the_loss() -> None:

@@ -104,7 +104,7 @@ def test_what_does_not_go_with_prompts_or_landmarks_is_one_line(
     for arguments, named in (
         (["--teacher", str(tmp_path / "slim")], "prompts need a ViT or Swin of timm"),
         (["--teacher_cache", str(tmp_path / "cache")], "remove teacher_cache"),
-        (["--prompts", "null"], "the teacher has no layer 'prompted'"),
+        (["--prompts", "null"], "the teacher has no 'prompted': PromptGuard is for a teacher with prompts"),
         (["--prompts.tokens", "0"], "prompts.tokens is 0"),
         (["--losses.urfm.loss.init_args.teacher_learns", "false"], "prompts: no loss lets the teacher learn"),
         (["--adaptive.rule", "matched"], "adaptive.rule matched follows gradients of the student"),
@@ -120,6 +120,8 @@ def test_what_does_not_go_with_prompts_or_landmarks_is_one_line(
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match="teacher_learns is for a teacher with prompts"):
         main(["--config", str(path), "--prompts", "null"])
+    with pytest.raises(InputError, match="add a PromptGuard"):
+        main(["--config", str(path)])
 
 
 def learn(rank: int = 0, processes: int = 1) -> torch.Tensor:

@@ -96,6 +96,10 @@ def test_snapshots_are_kept_and_teach(tmp_path: Path, teacher: Path) -> None:
         "center": False,
     }
     path = recipe(tmp_path, teacher, **QUIET | settings)
+    aside = kept[1].rename(tmp_path / "aside")
+    with pytest.raises(InputError, match="lacks 1 of 3 snapshots, the first of step 4"):
+        main(["--config", str(path)])
+    aside.rename(kept[1])
     main(["--config", str(path)])
     run = tmp_path / "run"
     stages = json.loads((run / "provenance.json").read_text())["teacher"]["stages"]
@@ -191,6 +195,11 @@ def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) ->
     resumed(link, path)
     assert [student_bytes(run) for run in runs] == before
     assert (runs[0] / "report.html").stat().st_mtime_ns == touched
+    # The same place with another teacher in it is no place to go on from.
+    other = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=9, **TINY)
+    faceless.save(other, teacher, {})
+    with pytest.raises(InputError, match=r"link-1/provenance\.json names another teacher than there is now"):
+        main(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -265,6 +274,28 @@ def test_a_peer_that_no_loss_reaches_is_named(
     assert "peers.1" in capsys.readouterr().err
 
 
+def test_students_of_other_dimensions_meet_in_that_of_the_teacher(tmp_path: Path, teacher: Path) -> None:
+    peers = [PEER | {"embedding_dim": 8}, PEER]
+    student = {"name": "slimresnet", "input_size": 32, "embedding_dim": 12, "options": TINY}
+    path = recipe(tmp_path, teacher, **QUIET | mutual() | {"peers": peers, "student": student})
+    main(["--config", str(path)])
+    run = tmp_path / "run"
+    dims = [faceless.load(run / name).embedding_dim for name in ("student", "peers/1", "peers/2")]
+    assert dims == [12, 8, 16]
+    saved = torch.load(sorted((run / "checkpoints").iterdir())[-1], weights_only=True)["objective"]
+    assert saved["projection.weight"].shape == (16, 12) and saved["of_peers.0.weight"].shape == (16, 8)
+    before = student_bytes(run)
+    resumed(run, path)
+    assert student_bytes(run) == before
+    with pytest.raises(InputError, match="embeddings have 8 numbers and the teacher's 16"):
+        main(["--config", str(path), "--projection", "none", "--output", str(tmp_path / "refused")])
+    with pytest.raises(InputError, match=r"adaptive.rule matched follows .*, and losses.peers has none"):
+        main(["--config", str(path), "--adaptive.rule", "matched", "--output", str(tmp_path / "refused")])
+    path = recipe(tmp_path, teacher, **QUIET | mutual())
+    with pytest.raises(InputError, match=r"no 'peers\.0': the losses of distill\.losses\.mutual are for students with"):
+        main(["--config", str(path), "--peers", "null", "--output", str(tmp_path / "refused")])
+
+
 def test_without_a_teacher_students_learn_from_labels_and_each_other(tmp_path: Path, teacher: Path) -> None:
     faces = folder(tmp_path / "faces", people=4, images=8)
     source = {
@@ -273,12 +304,14 @@ def test_without_a_teacher_students_learn_from_labels_and_each_other(tmp_path: P
     }
     deep = {"class_path": f"{LOSSES}.mutual.DeepMutual", "init_args": {"embedding_dim": 16, "classes": 2}}
     settings: dict[str, Any] = {
-        "teacher": {"class_path": "distill.ensembles.Nobody", "init_args": {"embedding_dim": 16}},
+        # Nobody's dimension is for students that name none.
+        "teacher": {"class_path": "distill.ensembles.Nobody", "init_args": {"embedding_dim": 24}},
         "source": source,
         "losses": {"deep": {"loss": deep}},
-        "peers": [PEER],
+        "peers": [PEER | {"embedding_dim": 16}],
         "center": False,
         "verification": {"benchmark": str(faces), "people": ["3-4"], "bootstrap": 0},
+        "student": {"name": "slimresnet", "input_size": 32, "embedding_dim": 16, "options": TINY},
     }
     path = recipe(tmp_path, teacher, **QUIET | {"steps": 16} | settings)
     main(["--config", str(path), "--optimizer.lr", "0.01"])
@@ -311,6 +344,53 @@ def test_without_a_teacher_generated_faces_serve_and_losses_of_a_teacher_do_not(
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(InputError, match=r"losses\.cosine: CosineEmbedding learns from a teacher, and there is none"):
         main(["--config", str(path), "--output", str(tmp_path / "never")])
+
+
+@pytest.mark.parametrize("classes", [None, 8])
+def test_exits_of_shallow_stages_learn_resume_and_stay_out_of_the_student(
+    tmp_path: Path, teacher: Path, classes: int | None
+) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    np.save(tmp_path / "identities.npy", np.arange(64) % 8)
+    settings = yaml.safe_load(path.read_text()) | QUIET
+    settings["source"]["init_args"]["labels"] = str(tmp_path / "identities.npy")
+    exits = {
+        "class_path": f"{LOSSES}.self_distillation.DeepToShallow",
+        "init_args": {"layers": ["stages.0"], "classes": classes},
+    }
+    settings["losses"] = {"cosine": {"loss": COSINE}, "shallow": {"loss": exits}}
+    path.write_text(yaml.safe_dump(settings | {"steps": 30, "log_every": 1, "checkpoint_every": 10}))
+    main(["--config", str(path), "--optimizer.lr", "0.01"])
+    terms = [entry["terms"]["shallow"] for entry in lines(tmp_path / "run") if "terms" in entry]
+    assert sum(terms[-5:]) < 0.8 * sum(terms[:5])
+    assert not [name for name in faceless.load(tmp_path / "run" / "student").state_dict() if "exits" in name]
+    before = student_bytes(tmp_path / "run")
+    resumed(tmp_path / "run", path, "--optimizer.lr", "0.01")
+    assert student_bytes(tmp_path / "run") == before
+    with pytest.raises(InputError, match=r"the student has no layer 'stages.7'"):
+        main(["--config", str(path), "--losses.shallow.loss.init_args.layers", "[stages.7]", "--output", "x"])
+
+
+def test_classes_are_learned_from_the_faces_that_come_by_themselves(tmp_path: Path, teacher: Path) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    np.save(tmp_path / "identities.npy", np.arange(64) % 8)
+    settings = yaml.safe_load(path.read_text()) | QUIET
+    settings["source"]["init_args"] |= {"labels": str(tmp_path / "identities.npy"), "together": 4, "scattered": 0.5}
+    arcface = {"class_path": f"{LOSSES}.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 8}}
+    ekd = {"class_path": f"{LOSSES}.ranking.EKD"}
+    settings["losses"] = {"arcface": {"loss": arcface, "scattered": True}, "ekd": {"loss": ekd}}
+    path.write_text(yaml.safe_dump(settings))
+    main(["--config", str(path)])
+    before = student_bytes(tmp_path / "run")
+    resumed(tmp_path / "run", path)
+    assert student_bytes(tmp_path / "run") == before
+    main(["--config", str(path), "--losses.arcface.scattered", "null", "--output", str(tmp_path / "all")])
+    assert student_bytes(tmp_path / "all") != before
+    unlabelled = ["--losses.ekd.loss.init_args.same_person", "0.5", "--losses.ekd.scattered", "true"]
+    with pytest.raises(InputError, match=r"losses.ekd.scattered: it is for a loss of labels"):
+        main(["--config", str(path), *unlabelled, "--output", str(tmp_path / "refused")])
+    with pytest.raises(InputError, match=r"losses.arcface.scattered: .* set together and scattered of the source"):
+        main(["--config", str(path), "--source.init_args.scattered", "null", "--output", str(tmp_path / "refused")])
 
 
 def test_the_teacher_does_not_see_worse_faces(tmp_path: Path, teacher: Path) -> None:

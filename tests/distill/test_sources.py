@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -444,3 +445,26 @@ def test_faces_of_one_identity_come_together_and_each_once_an_epoch(tmp_path: Pa
         source.position(0)
     with pytest.raises(InputError, match="together is 0"):
         FolderSource(path=str(path), together=0)
+
+
+def test_half_of_the_groups_are_scattered_evenly(tmp_path: Path) -> None:
+    path = folder(tmp_path, people=12, images=8)
+    settings: dict[str, Any] = {"path": str(path), "size": 32, "aligned": True, "together": 4}
+    source = FolderSource(**settings, scattered=0.5)
+    source.prepare(Place(seed=3, batch_size=16))
+    for epoch in range(2):
+        rows, alone = (torch.cat(parts) for parts in zip(*(source.position(6 * epoch + i) for i in range(6))))
+        assert sorted(rows.tolist()) == list(range(96))
+        # In every batch half and half: groups of four of one identity, and four in any order.
+        assert (alone.view(6, 16).sum(1) == 8).all()
+        labels = source.labels[rows].view(24, 4)
+        same = (labels == labels[:, :1]).all(1)
+        assert same[~alone.view(24, 4)[:, 0]].all() and same[alone.view(24, 4)[:, 0]].sum() <= 3
+    batch = source.batch(0)
+    assert batch.scattered is not None and torch.equal(batch.scattered, source.position(0)[1])
+    plain = FolderSource(**settings)
+    plain.prepare(Place(seed=3, batch_size=16))
+    assert plain.batch(0).scattered is None
+    for wrong in ({"scattered": 1.0}, {"scattered": 0.0}, {"scattered": 0.5, "together": 1}):
+        with pytest.raises(InputError, match="scattered is"):
+            FolderSource(**settings | wrong)
