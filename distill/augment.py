@@ -173,6 +173,9 @@ class Augment:
         return faces
 
 
+WIDEST = 4.0  # pixels of blur: its kernel must not be wider than a face
+
+
 @dataclass
 class Degrade:
     """What only the student's copy of an augmented face suffers: the teacher, which does not see it, says what was
@@ -199,10 +202,12 @@ class Degrade:
         for name in ("mask", "occlude"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"degrade.{name} is {getattr(self, name)}; a probability lies in 0..1")
-        if self.blur < 0.0:
-            raise InputError(f"degrade.blur is {self.blur}; it cannot be negative")
+        if not 0.0 <= self.blur <= WIDEST:
+            raise InputError(f"degrade.blur is {self.blur}; use 0 to {WIDEST:g} pixels")
         if any(side < 4 for side in self.resolutions):
             raise InputError(f"degrade.resolutions are {self.resolutions}; use 4 pixels or more")
+        if not self.resolutions and (self.blur or self.method != "antialias" or self.schedule != "all"):
+            raise InputError("degrade: method, blur and schedule are of resolutions; name some")
 
     def __call__(self, faces: Tensor, framing: str, rng: Rng, done: float = 1.0) -> Tensor:
         """The student's copy of ``faces [B, 3, H, W]``, float in 0..255; the same shape.

@@ -8,11 +8,12 @@ from typing import Any
 
 from distill.build import make_objective, make_student
 from distill.checkpoints import check_same_settings, read_record
-from distill.checks import check_cache, check_teacher, check_weights
+from distill.checks import check_run
 from distill.cohort import alone
 from distill.ensembles import load_teachers
-from distill.finish import teacher_record
+from distill.finish import check_benchmark, teacher_record
 from distill.settings import Run
+from distill.sources import Place
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
 from faceless.settings import Settings
@@ -38,23 +39,17 @@ def links(settings: Settings[Run]) -> list[Settings[Run]]:
         output = plain["output"] if number == len(chain) else f"{plain['output']}/link-{number}"
         # Generations start from other weights, and chains of neighboring seeds have no link in common.
         own = {"seed": (plain["seed"] + 1000 * (len(chain) - number)) % 2**32} | changes
-        found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
+        try:
+            found.append(seeded(settings.changed(own | {"teacher": teacher, "output": output, "chain": None})))
+        except InputError as error:
+            raise InputError(f"chain: link {number}: {error}") from error
         teacher = f"{output}/student"
     return found
 
 
 def finished(link: Settings[Run]) -> bool:
-    """Whether a link was trained before.
-
-    Raises:
-        InputError: it was, under other settings.
-    """
-    plain = link.asdict()
-    folder = Path(plain["output"])
-    if not (folder / "report.html").is_file():
-        return False
-    check_same_settings(folder / "settings.yaml", plain)
-    return True
+    """Whether a link was trained before."""
+    return Path(link.asdict()["output"], "report.html").is_file()
 
 
 def check_links(chain: list[Settings[Run]]) -> None:
@@ -67,9 +62,11 @@ def check_links(chain: list[Settings[Run]]) -> None:
     for number, link in enumerate(chain, 1):
         try:
             run = link.build()
+            check_same_settings(Path(run.output) / "settings.yaml", link.asdict())
             if finished(link):
                 check_same_teacher(run)
                 continue
+            check_benchmark(run)
             known = untrained.get(run.teacher) if isinstance(run.teacher, str) else None
             teachers = load_teachers(run.teacher) if known is None else [known]
             teacher = teachers[-1]
@@ -79,11 +76,14 @@ def check_links(chain: list[Settings[Run]]) -> None:
                     run.prompts.into(teacher)
                 student = make_student(run, teacher)
                 objective = make_objective(run, student, teachers)
-                check_cache(run)
-                check_weights(run, objective)
-                check_teacher(run, objective, teacher)
+                check_run(
+                    run,
+                    objective,
+                    teacher,
+                    Place(run.seed, run.batch_size, held_out=run.validation.faces, steps=run.steps),
+                )
         except InputError as error:
-            raise InputError(f"chain: link {number}: {error}") from error
+            raise InputError(f"chain: link {number}: {error}" if len(chain) > 1 else str(error)) from error
         untrained[f"{run.output}/student"] = alone(student)
 
 

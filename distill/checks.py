@@ -6,14 +6,30 @@ from distill.ensembles import Nobody
 from distill.losses.base import FaceLoss
 from distill.losses.cross_architecture import URFM, PromptGuard
 from distill.losses.features import FeatureLoss
+from distill.losses.logits import CrossEntropy
 from distill.losses.mutual import EachPeer
 from distill.mixtures import recurring
 from distill.objective import Objective
 from distill.settings import Run
-from distill.sources import Rows
+from distill.sources import CorpusSource, OnlineSource, Place, Rows
 from distill.teachers import check_views
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
+
+
+def check_run(run: Run, objective: Objective, teacher: Recognizer, place: Place) -> None:
+    """All that can be known to be wrong before the source writes a face.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    run.source.check(place)
+    check_weights(run, objective)
+    check_teacher(run, objective, teacher)
+    check_used(run, objective)
+    grouped = isinstance(run.source, Rows) and run.source.together > 1
+    check_labelled(run, objective, (grouped or bool(objective.needs_labels)) and run.source.may_be_labelled())
+    check_cache(run)
 
 
 def check_cache(run: Run) -> None:
@@ -48,6 +64,11 @@ def check_labelled(run: Run, objective: Objective, labelled: bool) -> None:
                 f"losses.{term}.scattered: it is for a loss of labels, and for faces of which some come together and "
                 "some do not: set together and scattered of the source"
             )
+    if isinstance(source, Rows) and source.together > 1 and not labelled and run.pseudo_identities is None:
+        raise InputError(
+            f"source.init_args.together is {source.together}, and {name} has no labels to go by; for a corpus, "
+            "pseudo_identities makes some"
+        )
     if run.pseudo_identities is not None and not isinstance(source, Rows):
         raise InputError(f"pseudo_identities are clusters of the faces of one corpus, and {name} is none")
 
@@ -60,6 +81,8 @@ def check_classes(run: Run, objective: Objective) -> None:
     """
     source = run.source
     classes = run.pseudo_identities or source.classes
+    if objective.needs_labels and not classes:
+        raise InputError(f"losses.{objective.needs_labels[0]} needs labels, and no face of {source.name()} has one")
     for term, loss in objective.terms():
         if loss.classes is not None and classes > loss.classes:
             raise InputError(f"losses.{term} is for {loss.classes} classes, and the faces have {classes} identities")
@@ -83,6 +106,30 @@ def check_weights(run: Run, objective: Objective) -> None:
                 f"losses.{term}: {type(loss).__name__} is no mean over single faces, and cannot weight them as this "
                 "source asks; use another loss, or set the source's correction to [0, 0]"
             )
+
+
+def check_used(run: Run, objective: Objective) -> None:
+    """Refuse what would be read, or made, and then looked at by nothing.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    losses = [loss for _, loss in objective.terms()]
+    source = run.source
+    if run.classifier is not None and not any(loss.needs_logits or isinstance(loss, CrossEntropy) for loss in losses):
+        raise InputError("classifier: no loss compares scores over identities; add one, or leave it out")
+    if run.degrade is not None and not (run.degrade.resolutions or run.degrade.mask or run.degrade.occlude):
+        raise InputError("degrade changes no face: set resolutions, mask or occlude, or leave it out")
+    if run.pseudo_identities is not None:
+        if isinstance(source, CorpusSource) and source.label_file is not None:
+            raise InputError("pseudo_identities would take the place of source.init_args.labels; leave one of them out")
+        grouped = isinstance(source, Rows) and source.together > 1
+        if not (grouped or objective.needs_labels or objective.needs_centers):
+            raise InputError("pseudo_identities: no loss looks at labels; add one, or leave them out")
+    if isinstance(source, CorpusSource) and source.landmark_file and not any(isinstance(one, URFM) for one in losses):
+        raise InputError("source.init_args.landmarks: no loss asks where in a face a place is; leave them out")
+    if isinstance(run.teacher, Nobody) and isinstance(source, OnlineSource) and source.resampling is not None:
+        raise InputError("source.init_args.resampling goes by what a teacher says, and there is none")
 
 
 def check_teacher(run: Run, objective: Objective, teacher: Recognizer) -> None:

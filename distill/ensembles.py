@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,10 +66,12 @@ class Ensemble(Teachers):
     ):
         if len(members) < 2:
             raise InputError("teacher.members: an ensemble has two members or more; name a single teacher by itself")
-        if weights is not None and (len(weights) != len(members) or min(weights) <= 0):
+        if weights is not None and (len(weights) != len(members) or not all(0 < w < math.inf for w in weights)):
             raise InputError(f"teacher.weights are {weights}; give each of {len(members)} members a positive one")
         if weights is not None and fusion != "von-mises-fisher":
             raise InputError(f"teacher.weights are for fusion von-mises-fisher; {fusion} takes all members for alike")
+        if not by_norm and fusion != "von-mises-fisher":
+            raise InputError(f"teacher.by_norm is for fusion von-mises-fisher; {fusion} goes by no norm")
         if embedding_dim is not None and (embedding_dim < 1 or fusion != "concatenate"):
             raise InputError(
                 f"teacher.embedding_dim is {embedding_dim}: it is positive, and for fusion concatenate; others have "
@@ -102,6 +105,10 @@ class Snapshots(Teachers):
     def load(self) -> list[Recognizer]:
         stages = self.stages
         if isinstance(stages, str):
+            if not Path(stages).is_dir():
+                raise InputError(f"teacher.stages {stages}: no such folder; a run with snapshot_every makes one")
+            if (Path(stages) / "snapshots").is_dir():
+                raise InputError(f"teacher.stages {stages} is a run: name its folder {Path(stages) / 'snapshots'}")
             check_complete(Path(stages))
             stages = [str(path) for path in sorted(Path(stages).glob("step-*"))]
         if len(stages) < 2:
@@ -280,7 +287,8 @@ class Fusion(nn.Module):
         aligned = self.how != "concatenate" or self.basis is not None
         if aligned and len(faces) < self.embedding_dim:
             raise InputError(
-                f"{len(faces)} faces cannot align embeddings of {self.embedding_dim} numbers: raise teacher.faces"
+                f"{len(faces)} faces cannot align embeddings of {self.embedding_dim} numbers: raise teacher.faces, or "
+                "take a source of more faces"
             )
         device, units = self.concentration.device, []
         for i in range(len(dims)):

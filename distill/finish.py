@@ -33,18 +33,31 @@ SHOWN = 2048  # training faces looked at for the report
 TOLD = ("part", "share", "kind", "real_faces", "faces", "people", "generator", "licence", "identities_from")
 
 
-def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
-    """The benchmark of the run, made ready on one process first."""
+def check_benchmark(run: Run) -> None:
+    """What is wrong with the benchmark of a run, as far as its name and its conditions say it.
+
+    Raises:
+        InputError: naming the setting.
+    """
     for condition in run.verification.conditions:
         conditions.check(condition)
-    if run.verification.benchmark is None:
-        return None
     source = run.verification.benchmark
+    if source is None:
+        return
     if Path(source).suffix in (".bin", ".parquet") or source.partition(":")[0] in benchmarks.PROTOCOLS:
         raise InputError(
             f"verification.benchmark {source}: a run verifies on att-faces or a folder of people; take one of these or "
             f"null, and afterwards eval/verify.py --model {Path(run.output, 'student')} --benchmark {source}"
         )
+    benchmarks.check_known(source)
+
+
+def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
+    """The benchmark of the run, made ready on one process first."""
+    check_benchmark(run)
+    if run.verification.benchmark is None:
+        return None
+    source = run.verification.benchmark
     with accelerator.main_process_first():
         # The pixels that eval/verify.py shows them, so that both say the same of a student.
         size = max(crop_size(teacher), run.student.input_size)

@@ -86,6 +86,11 @@ class GradientBalance(nn.Module):
         super().__init__()
         if len(losses) < 2 or min(weights.values()) <= 0:
             raise InputError("adaptive weights need two losses or more, all with a positive weight")
+        if settings.rule != "learned" and not settings.lowest * len(losses) < 1 < settings.highest * len(losses):
+            raise InputError(
+                f"adaptive.lowest {settings.lowest} and highest {settings.highest} leave the weights of {len(losses)} "
+                f"losses no room: their share is 1/{len(losses)} on average, so that must lie between"
+            )
         self.settings = settings
         self.step = 0
         self.register_buffer("shares", torch.tensor([weights[name] for name in losses]), persistent=False)

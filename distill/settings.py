@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +50,12 @@ class Term:
     loss: Loss
     weight: float = 1.0
     scattered: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise InputError(
+                f"losses: the weight of {type(self.loss).__name__} is {self.weight}; it is a number from 0"
+            )
 
 
 @dataclass
@@ -244,6 +251,8 @@ class Run:
             raise InputError(
                 "there is no teacher: set validation.faces to 0, and leave out pseudo_identities and teacher_cache"
             )
+        if isinstance(self.teacher, Nobody) and self.center:
+            raise InputError("there is no teacher: set center to false, as there is no mean to take away")
         if self.prompts is not None and not isinstance(self.teacher, str):
             raise InputError("prompts are for one Transformer: name one network as teacher")
         if self.prompts is not None and self.teacher_cache is not None:

@@ -497,6 +497,8 @@ def read_npy(path: Path, what: str) -> np.ndarray:
         found: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file of {what} ({error})") from error
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{path}: not a readable .npy file of {what}, but an archive of several")
     return found
 
 
@@ -522,6 +524,12 @@ def read_landmarks(path: Path, faces: int) -> Tensor:
         raise InputError(
             f"{path}: holds {found.dtype} {found.shape}, not float32 landmarks (5, 2) of each of {faces} faces; write "
             "them with mining/landmarks.py"
+        )
+    known = found[np.isfinite(found)]
+    if len(known) and not -2 < known.min() <= known.max() < 3:
+        raise InputError(
+            f"{path}: landmarks reach from {known.min():.3g} to {known.max():.3g}; they are counted in sides of the "
+            "image, not in pixels: 0 to 1, or a little outside"
         )
     return torch.from_numpy(found)
 

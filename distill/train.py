@@ -26,7 +26,7 @@ import faceless
 from distill.build import identify, make_objective, make_student, make_teacher
 from distill.chain import check_links, finished, links
 from distill.checkpoints import Checkpoints, Metrics, check_same_record, check_same_settings
-from distill.checks import check_cache, check_classes, check_labelled, check_teacher, check_weights, mirrored
+from distill.checks import check_classes, check_labelled, check_run, mirrored
 from distill.cohort import alone
 from distill.ensembles import load_teachers, snapshot_steps
 from distill.finish import finish, load_benchmark, make_record, reals, student_record
@@ -87,11 +87,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
         run.validation.faces,
         steps=run.steps,
     )
-    run.source.check(place)
-    check_weights(run, objective)
-    check_teacher(run, objective, teacher_net)
-    check_labelled(run, objective, bool(objective.needs_labels) and run.source.may_be_labelled())
-    check_cache(run)
+    check_run(run, objective, teacher_net, place)
     benchmark = load_benchmark(run, teacher_net, accelerator)
 
     if notice := run.source.check_framing(teacher_net.spec.framing):

@@ -169,6 +169,8 @@ def verify(
     points = {key: metrics.tar_at_far(genuine, impostor, far) for key, far in FARS.items()}
     judged: dict[str, Any] = {}
     if quality:
+        if norms.std() < 1e-4 * norms.mean():
+            raise InputError(f"--quality true: {model} gives all faces one norm, which tells no quality")
         worse = np.minimum(norms[first], their_norms[second])[same]
         falling = metrics.error_versus_discard(genuine, worse, points["1e-2"].threshold)
         judged = {"fnmr_by_discarded": {str(share): rate for share, rate in falling.items()}}
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     raise InputError(f"--{name} {given}: {options.benchmark} is always judged as a whole, as it is")
             results.append(benchmarks.evaluate(recognizer, benchmark, options.flip, source, options.cache))
             continue
-        if options.condition:
+        if options.condition is not None:
             benchmark = benchmarks.under(benchmark, options.condition)
         if options.people:
             benchmark = benchmark.subset(benchmarks.parse_people(options.people, len(benchmark.names)))

@@ -20,6 +20,9 @@ class InputError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+LISTED = 40  # names in a message
+
+
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known ones, or all of them.
 
@@ -32,7 +35,10 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     if not known:
         return "there are none"
     near = difflib.get_close_matches(wrong, known)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    shown = known[:LISTED] + ([f"and {len(known) - LISTED} more"] if len(known) > LISTED else [])
+    return f"known are {', '.join(shown)}"
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

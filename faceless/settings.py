@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -58,7 +58,11 @@ class Settings(Generic[T]):
                 warnings.simplefilter("ignore")
                 made = self._parser.instantiate_classes(self._namespace)
         except (ValueError, TypeError) as error:
-            raise InputError(f"settings: {_causes(str(error))}") from error
+            message = _causes(str(error))
+            # What a class of a recipe says of an argument does not say where that class stands.
+            by = _refused_by(error)
+            at = [key for key, path in _named(self.asdict()) if by is not None and path.rpartition(".")[2] == by]
+            raise InputError(f"{at[0] if len(at) == 1 else by or 'settings'}: {message}") from error
         return self._cls(**{field.name: made[field.name] for field in fields(self._cls)})  # type: ignore[arg-type]
 
     def asdict(self) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class Settings(Generic[T]):
                 namespace = self._parser.parse_object(plain)
         except (ArgumentError, ValueError, TypeError) as error:
             raise InputError(_one_line(str(error), [], self._parser)) from error
+        _refuse_nulls(self._cls, namespace, [])
         if asked := set(_insisting(namespace)) - set(_insisting(self._namespace)):
             raise InputError(f"{min(asked)}: lets code that is not of this project run; only the command line can ask")
         return Settings(self._parser, namespace, self._cls)
@@ -120,6 +125,7 @@ def parse(
             namespace = parser.parse_args([_located(a, before) for a, before in zip(arguments, ["", *arguments])])
     except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(_one_line(str(error), arguments, parser)) from error
+    _refuse_nulls(cls, namespace, arguments)
     said = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     for key in _insisting(namespace):
         if key.replace(".init_args.", ".") not in [name.replace(".init_args.", ".") for name in said]:
@@ -169,6 +175,76 @@ def _insisting(found: Any, key: str = "") -> Iterator[str]:
             yield from _insisting(value, f"{key}.{place}")
 
 
+def _refused_by(error: BaseException) -> str | None:
+    """The class whose constructor raised ``error``, unless that is one whose message names its own keys."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name in ("__init__", "__post_init__") and "self" in frame.f_locals:
+            found = type(frame.f_locals["self"]).__name__
+        trace = trace.tb_next
+    return None if isinstance(error, InputError) or found == "ArgumentParser" else found
+
+
+def _named(found: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of components, and the classes that they name."""
+    for name, value in found.items() if isinstance(found, dict) else ():
+        dotted = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+            yield dotted, value["class_path"]
+        yield from _named(value, dotted)
+
+
+def _refuse_nulls(cls: type, namespace: Namespace, arguments: Sequence[str]) -> None:
+    """Say what jsonargparse lets pass: from a file it takes null for a value of any type.
+
+    Raises:
+        InputError: a key is null whose type is not.
+    """
+    for key, kind in _nulls(namespace, cls):
+        name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        place = "".join(f"{path}: " for path in _recipes(arguments)[-1:])
+        raise InputError(f"{place}{key} is null; leave it out, or give {name}")
+
+
+def _recipes(arguments: Sequence[str]) -> list[str]:
+    """Those that a command line names."""
+    where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    return where + [after for a, after in pairwise(arguments) if a == "--config"]
+
+
+def _nulls(found: Any, kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys that are null and have types that are not, with these types."""
+    if found is None:
+        if kind is not None and kind is not Any and type(None) not in get_args(kind):
+            yield key, kind
+        return
+    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
+    above = f"{key}." if key else ""
+    if isinstance(found, (list, tuple)):
+        element = get_args(kinds[0])[:1] if len(kinds) == 1 else get_args(kind)[:1]
+        for place, value in enumerate(found):
+            yield from _nulls(value, element[0] if element else None, f"{above}{place}")
+    if not isinstance(found, (Namespace, dict)):
+        return
+    items = vars(found) if isinstance(found, Namespace) else found
+    hints: dict[str, Any] = {}
+    if "class_path" in items:
+        yield from _nulls(items.get("init_args") or {}, _imported(str(items["class_path"])), f"{above}init_args")
+        return
+    for one in (kind, *kinds):
+        if isinstance(one, type):
+            made: Any = one
+            with suppress(NameError, TypeError):  # of other people's classes
+                hints = get_type_hints(made if is_dataclass(made) else made.__init__)
+                break
+        if get_origin(one) is dict:
+            hints = dict.fromkeys(items, get_args(one)[1])
+            break
+    for name, value in items.items():
+        yield from _nulls(value, hints.get(str(name)), f"{above}{name}")
+
+
 def put(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key, and all that is under it, to ``value``.
 
@@ -179,7 +255,9 @@ def put(settings: dict[str, Any], key: str, value: Any) -> None:
     """
     *above, last = key.split(".")
     for name in above:
-        settings = settings.setdefault(name, {})
+        if settings.get(name) is None:  # null is a group that has not been given
+            settings[name] = {}
+        settings = settings[name]
         if not isinstance(settings, dict):
             raise InputError(f"{key}: {name} holds no keys")
     settings[last] = copy.deepcopy(value)
@@ -229,8 +307,7 @@ def _causes(message: str) -> str:
 def _one_line(message: str, arguments: list[str], parser: ArgumentParser) -> str:
     """Turn jsonargparse's nested message into one line: where, what, and the nearest valid key."""
     message = _causes(message)
-    where = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    where += [after for a, after in pairwise(arguments) if a == "--config"]
+    where = _recipes(arguments)
     path, classes, rest = [], [], ""
     denied = re.search(r"Importing '([^']*)' is not allowed", message)
     for line in (part.strip() for part in message.splitlines()):

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill.chain import links
+from distill.chain import check_links, links
 from distill.settings import Run
 from eval import figures
 from faceless.errors import InputError, command, suggest
@@ -110,8 +110,27 @@ class Grid:
             raise InputError(f"jobs is {self.jobs}; use 1 or more")
         if self.measure not in MEASURES:
             raise InputError(f"measure is {self.measure!r}; {suggest(self.measure, MEASURES)}")
+        for kind, seeds in (("seeds", self.seeds), ("confirm.seeds", self.confirm.seeds if self.confirm else [])):
+            if len(set(seeds)) < len(seeds):
+                raise InputError(f"{kind} are {seeds}; name each once")
+        try:
+            shlex.split(self.launch)
+        except ValueError as error:
+            raise InputError(f"launch is {self.launch!r}: {error}") from error
+        places: dict[str, str] = {}  # by key, the axis that sets it
         for axis, options in self.axes.items():
-            for name in options:
+            for name, keys in options.items():
+                if odd := [key for key in (axis, name, *keys) if not isinstance(key, str)]:
+                    raise InputError(f"axes.{axis}.{name}: {odd[0]} is a number and no name; write it in quotes")
+                if taken := {"seed", "output"} & keys.keys():
+                    raise InputError(f"axes.{axis}.{name} sets {min(taken)}, which follows from the grid")
+                for key in keys:
+                    if places.setdefault(key, axis) != axis:
+                        raise InputError(
+                            f"axes.{axis}.{name} sets {key}, and so does axes.{places[key]}; one of them would be lost"
+                        )
+                if "recipe" in keys and not isinstance(keys["recipe"], str):
+                    raise InputError(f"axes.{axis}.{name}: recipe is {keys['recipe']}; name a file")
                 if not name or set(name) & set("/\\ ") or name.startswith("."):
                     raise InputError(f"axes.{axis}: an option's name {name!r} is no name of a folder")
         known = {name for options in self.axes.values() for name in options}
@@ -180,8 +199,14 @@ def write(grid: Grid, cell: Cell, seed: int) -> Path:
         raise InputError(f"{run}: holds a run of another grid; choose another output, or delete it and {path}")
     if not path.exists() or path.read_text() != text:
         atomic_write(path, text)
-    for link in links(parse(Run, ["--config", str(path)])):
-        link.build()
+    try:
+        for link in links(parse(Run, ["--config", str(path)])):
+            verification = link.build().verification
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    judged = ["all", *verification.subsets()]
+    if verification.benchmark is not None and grid.people not in judged:
+        raise InputError(f"{path}: verifies on people {', '.join(judged)}, and the grid's people are {grid.people}")
     return path
 
 
@@ -204,6 +229,22 @@ def check_teachers(grid: Grid) -> None:
             for run, before in taught.items():
                 if not weights(source) <= before:
                     raise InputError(f"{run}: was taught by another {source} than the one here now; delete the run")
+
+
+def check_cells(grid: Grid) -> None:
+    """Build what each cell that is still to train names, and show its losses its networks, before the first trains.
+
+    Raises:
+        InputError: naming the recipe of the cell that would fail.
+    """
+    for cell in cells(grid):
+        path = write(grid, cell, grid.seeds[0])
+        if finished(folder(grid, cell, grid.seeds[0])):
+            continue
+        try:
+            check_links(links(parse(Run, ["--config", str(path)])))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def named_in(teacher: str | dict[str, Any]) -> list[str]:
@@ -486,6 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(run, "finished" if finished(run) else "begun" if run.exists() else "to do")
         return
     check_teachers(grid)
+    check_cells(grid)
     failed = train_all(grid, [(cell, seed) for seed in grid.seeds for cell in cells(grid)])
     if grid.confirm is not None:
         # By the first seeds alone, so that a grid that was stopped while it confirmed chooses the same cells.

@@ -79,9 +79,14 @@ def load(source: str | Path, framing: str = "dlib", size: int = 150, align: bool
         raise InputError(f"framing is {framing!r}; use one of {', '.join(FRAMINGS)}")
     if not 16 <= size <= MAX_SIZE:
         raise InputError(f"size is {size}; crops have 16 to {MAX_SIZE} pixels")
+    check_known(source)
     if str(source) in BENCHMARKS:
         return BENCHMARKS[str(source)](framing, size)
-    if Path(source).is_dir():
-        return folder.load(source, framing, size, align)
-    known = [*BENCHMARKS, *(f"{kind}:path" for kind in PROTOCOLS)]
-    raise InputError(f"{source}: no such benchmark or folder; {suggest(str(source), known)}")
+    return folder.load(source, framing, size, align)
+
+
+def check_known(source: str | Path) -> None:
+    """Raise InputError for what is neither a benchmark's name nor a folder."""
+    if str(source) not in BENCHMARKS and not Path(source).is_dir():
+        known = [*BENCHMARKS, *(f"{kind}:path" for kind in PROTOCOLS)]
+        raise InputError(f"{source}: no such benchmark or folder; {suggest(str(source), known)}")

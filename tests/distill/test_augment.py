@@ -131,10 +131,18 @@ def test_resolutions_descend_over_the_run() -> None:
         assert sides == [32, 16, 8][:admitted], done
 
 
-@pytest.mark.parametrize("wrong", [{"mask": 1.5}, {"blur": -1.0}, {"resolutions": [2]}])
+@pytest.mark.parametrize(
+    "wrong", [{"mask": 1.5}, {"blur": -1.0}, {"blur": 20.0}, {"blur": float("nan")}, {"resolutions": [2]}]
+)
 def test_impossible_degradations_are_named(wrong: dict) -> None:
     with pytest.raises(InputError, match=f"degrade.{next(iter(wrong))}"):
         Degrade(**wrong)
+
+
+@pytest.mark.parametrize("idle", [{"blur": 2.0}, {"method": "nearest"}, {"schedule": "descending", "mask": 0.3}])
+def test_settings_of_resolutions_without_resolutions_are_named(idle: dict) -> None:
+    with pytest.raises(InputError, match="method, blur and schedule are of resolutions"):
+        Degrade(**idle)
 
 
 def test_points_move_with_the_pixels_around_them() -> None:

@@ -207,6 +207,10 @@ def test_too_few_faces_or_members_are_named() -> None:
     pair = FusedRecognizer(Fusion([linear(matrix(), **SMALL), linear(matrix(), **SMALL)], "mean"), 4)
     with pytest.raises(InputError, match="4 faces cannot align"):
         pair.fusion.calibrate(faces(4))
+    with pytest.raises(InputError, match="by_norm is for fusion von-mises-fisher"):
+        Ensemble(members=["a", "b"], fusion="mean", by_norm=False)
+    with pytest.raises(InputError, match=r"teacher\.weights are"):
+        Ensemble(members=["a", "b"], weights=[1.0, float("nan")])
 
 
 def members(folder: Path) -> list[str]:

@@ -341,3 +341,10 @@ def test_class_centers_reach_all_that_want_them() -> None:
     assert [p.shape for p in objective.tables()] == [(4, 8)]
     with pytest.raises(InputError, match=r"losses\.frozen is for 4 classes, and the faces have 5"):
         objective.prime(torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("bounds", [{"lowest": 0.6, "highest": 0.9}, {"highest": 0.3}])
+def test_bounds_that_leave_weights_no_room_are_named(bounds: dict[str, float]) -> None:
+    losses: dict[str, Loss] = {"a": CosineEmbedding(), "b": FeatureL2()}
+    with pytest.raises(InputError, match="leave the weights of 2 losses no room"):
+        GradientBalance(Adaptive(**bounds), losses, {"a": 1.0, "b": 10.0})

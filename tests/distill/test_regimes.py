@@ -162,6 +162,11 @@ def test_a_stage_whose_layers_are_others_is_named_before_the_run(
 def test_stages_that_do_not_fit_are_named(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match="found 0 snapshots"):
         Snapshots(stages=str(tmp_path)).load()
+    with pytest.raises(InputError, match="no such folder; a run with snapshot_every makes one"):
+        Snapshots(stages=str(tmp_path / "none")).load()
+    (tmp_path / "a" / "snapshots").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"a is a run: name its folder .*snapshots"):
+        Snapshots(stages=str(tmp_path / "a")).load()
     other = faceless.create("slimresnet", embedding_dim=8, input_size=32, framing="dlib", **TINY)
     faceless.save(other, tmp_path / "other", {})
     with pytest.raises(InputError, match="differ in embedding dimension"):
@@ -214,6 +219,9 @@ def test_a_chain_of_assistants_and_generations(tmp_path: Path, teacher: Path) ->
         ({"steps": 0}, "link 2: steps is 0"),
         ({"student.name": "slimresnt"}, "link 2: there is no architecture"),
         ({"losses.contrast.loss.init_args.embedding_dim": 8}, "link 2: losses.contrast"),
+        ({"degrade.mask": 1.5}, "link 2: settings: degrade.mask is 1.5"),
+        ({"verification.benchmark": "nowhere"}, "link 2: nowhere: no such benchmark"),
+        ({"losses.head": {"loss": {"class_path": f"{LOSSES}.ranking.EKD"}}}, "link 2: losses.head needs labels"),
     ],
 )
 def test_a_wrong_link_is_named_before_the_first_is_trained(
@@ -230,6 +238,40 @@ def test_a_wrong_link_is_named_before_the_first_is_trained(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ") and named in message, message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_chain_over_another_run_is_refused_before_its_first_link(tmp_path: Path, teacher: Path) -> None:
+    main(["--config", str(recipe(tmp_path, teacher, **QUIET))])
+    (tmp_path / "run" / "report.html").unlink()
+    path = recipe(tmp_path, teacher, chain=[{}, {}], **QUIET)
+    with pytest.raises(InputError, match=r"chain: link 2: .* holds a run with another teacher"):
+        main(["--config", str(path)])
+    assert not (tmp_path / "run" / "link-1").exists()
+
+
+def test_what_nothing_would_look_at_is_refused(tmp_path: Path, teacher: Path) -> None:
+    path = corpus_recipe(tmp_path, teacher)
+    np.save(tmp_path / "identities.npy", np.arange(64) % 8)
+    np.save(tmp_path / "nobody.npy", np.full(64, -1))
+    np.save(tmp_path / "marks.npy", np.zeros((64, 5, 2), np.float32))
+    plain = yaml.safe_load(path.read_text()) | QUIET | {"teacher_cache": str(tmp_path / "cache"), "losses": {}}
+    head = {"class_path": f"{LOSSES}.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 8}}
+    for source, changes, named in (
+        ({"landmarks": "marks.npy"}, {}, "landmarks: no loss asks where"),
+        ({}, {"pseudo_identities": 4}, "pseudo_identities: no loss looks at labels"),
+        ({}, {"classifier": {}}, "classifier: no loss compares scores"),
+        ({}, {"degrade": {}}, "degrade changes no face"),
+        ({"labels": "identities.npy"}, {"pseudo_identities": 4}, "pseudo_identities would take the place of"),
+        ({"labels": "nobody.npy"}, {"losses": {"head": {"loss": head}}}, "needs labels, and no face of"),
+        ({"together": 4}, {}, "source.init_args.together is 4, and .* has no labels to go by"),
+    ):
+        settings = plain | {"losses": {"cosine": {"loss": COSINE}}} | changes
+        files = {key: str(tmp_path / name) if isinstance(name, str) else name for key, name in source.items()}
+        settings["source"] = {**plain["source"], "init_args": plain["source"]["init_args"] | files}
+        path.write_text(yaml.safe_dump(settings))
+        with pytest.raises(InputError, match=named):
+            main(["--config", str(path)])
+        assert not (tmp_path / "run" / "settings.yaml").exists()
 
 
 def test_links_are_the_recipe_with_their_changes(tmp_path: Path, teacher: Path) -> None:
@@ -323,6 +365,8 @@ def test_without_a_teacher_students_learn_from_labels_and_each_other(tmp_path: P
     path.write_text(yaml.safe_dump(plain))
     with pytest.raises(InputError, match="no teacher: set validation"):
         parse(Run, ["--config", str(path)]).build()
+    with pytest.raises(InputError, match="no teacher: set center to false"):
+        parse(Run, ["--config", str(path), "--validation.faces", "0", "--center", "true"]).build()
     assert (Nobody(embedding_dim=4).load()[0](torch.zeros(2, 3, 8, 8)).embedding == 0).all()
 
 

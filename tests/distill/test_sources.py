@@ -20,7 +20,7 @@ from PIL import Image
 import faceless
 from distill import sources
 from distill.mixtures import MixtureSource, Part
-from distill.sources import CorpusSource, FolderSource, OnlineSource, ParquetSource, Place, read_labels
+from distill.sources import CorpusSource, FolderSource, OnlineSource, ParquetSource, Place, read_labels, read_landmarks
 from distill.train import main
 from faceless import align
 from faceless.errors import InputError
@@ -468,3 +468,17 @@ def test_half_of_the_groups_are_scattered_evenly(tmp_path: Path) -> None:
     for wrong in ({"scattered": 1.0}, {"scattered": 0.0}, {"scattered": 0.5, "together": 1}):
         with pytest.raises(InputError, match="scattered is"):
             FolderSource(**settings | wrong)
+
+
+def test_archives_and_pixels_are_no_labels_and_landmarks(tmp_path: Path) -> None:
+    np.savez(tmp_path / "z.npz", a=np.zeros(3, int))
+    for read in (read_labels, lambda path: read_landmarks(path, 3)):
+        with pytest.raises(InputError, match=r"z.npz: not a readable .npy file of \w+, but an archive"):
+            read(tmp_path / "z.npz")
+    marks = np.full((3, 5, 2), 0.4, np.float32)
+    marks[1] = np.nan
+    np.save(tmp_path / "marks.npy", marks)
+    assert read_landmarks(tmp_path / "marks.npy", 3).shape == (3, 5, 2)
+    np.save(tmp_path / "marks.npy", 32 * marks)
+    with pytest.raises(InputError, match=r"marks.npy: landmarks reach from 12.8 to 12.8; .* not in pixels"):
+        read_landmarks(tmp_path / "marks.npy", 3)

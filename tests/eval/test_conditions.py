@@ -88,3 +88,11 @@ def test_the_command_takes_a_condition_and_judges_by_quality(
     with pytest.raises(SystemExit):
         main([*common, "--condition", "blurred"])
     assert "blurred" in capsys.readouterr().err
+    for wrong in ("9000px", ""):
+        with pytest.raises(SystemExit):
+            main([*common, "--condition", wrong])
+        assert f"condition {wrong or repr('')}" in capsys.readouterr().err
+    unit = net()
+    unit.backbone.register_forward_hook(lambda module, given, found: torch.nn.functional.normalize(found))
+    with pytest.raises(InputError, match="gives all faces one norm"):
+        verify(unit, people(), bootstrap=0, quality=True)

@@ -42,7 +42,7 @@ def scores(run: Path, eer: float, cosine: float) -> None:
 
 
 def grid(tmp_path: Path, **changes: object) -> ablate.Grid:
-    options = {"cosine": {}, "qud": {"recipe": "distill/recipes/qud.yaml"}, "iled": {"seed": 5}}
+    options = {"cosine": {}, "qud": {"recipe": "distill/recipes/qud.yaml"}, "iled": {"ema": 0.5}}
     axes = {"method": options, "steps": {"short": {"steps": 5}, "long": {"optimizer.lr": 0.5}}}
     settings = {"base": "distill/recipes/cosine.yaml", "axes": axes, "output": str(tmp_path / "grid")}
     return ablate.Grid(**(settings | changes))
@@ -152,7 +152,7 @@ def test_runs_at_the_same_time_end_like_runs_in_turn(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     base = recipe(tmp_path, teacher, steps=2, verification={"benchmark": None})
-    axes = {"cell": {"alone": {}, "beside": {}, "broken": {"student.name": "no-such-network"}}}
+    axes = {"cell": {"alone": {}, "beside": {}, "broken": {"optimizer.lr": 1e30, "optimizer.clip": 0}}}
     settings = {"base": str(base), "axes": axes, "output": str(tmp_path / "grid"), "measure": "cosine"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings | {"jobs": 2, "launch": "--cpu"}))
     moved: set[str] = set()
@@ -161,7 +161,7 @@ def test_runs_at_the_same_time_end_like_runs_in_turn(
         ablate.main(["--config", str(tmp_path / "grid.yaml")])
     # The working folder belongs to all threads; parsing a recipe changes it for a moment.
     assert moved == {threading.main_thread().name}
-    assert re.search("broken seed 0 failed: .*no-such-network", capfd.readouterr().out)
+    assert re.search("broken seed 0 failed: .*not a finite number", capfd.readouterr().out)
     logs = {path.name for path in (tmp_path / "grid" / "logs").iterdir()}
     assert logs == {f"{name}-seed-0.log" for name in axes["cell"]}
     alone, beside = json.loads((tmp_path / "grid" / "table.json").read_text())["rows"]
@@ -179,6 +179,32 @@ def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
         grid(tmp_path, jobs=0)
     with pytest.raises(InputError, match=r"confirm.always: no option is called 'cosin'; did you mean .*cosine"):
         grid(tmp_path, confirm=ablate.Confirm([1], always=["cosin"]))
+    for wrong, named in (
+        ({"axes": {"side": {28: {}}}}, "axes.side.28: 28 is a number and no name; write it in quotes"),
+        ({"axes": {"side": {"a": {3: 1}}}}, "axes.side.a: 3 is a number"),
+        ({"axes": {"side": {"a": {"seed": 3}}}}, "axes.side.a sets seed, which follows from the grid"),
+        ({"axes": {"a": {"x": {"ema": 0.1}}, "b": {"y": {"ema": 0.2}}}}, "axes.b.y sets ema, and so does axes.a"),
+        ({"axes": {"a": {"x": {"recipe": None}}}}, "axes.a.x: recipe is None"),
+        ({"seeds": [0, 1, 1]}, "seeds are .*; name each once"),
+        ({"confirm": ablate.Confirm(seeds=[1, 1])}, "confirm.seeds are .*; name each once"),
+        ({"launch": "--x '"}, "launch is .*: No closing quotation"),
+    ):
+        with pytest.raises(InputError, match=named):
+            grid(tmp_path, **wrong)
+    with pytest.raises(InputError, match=r"cosine-short-seed-0.yaml: .*degrade.mask is 1.5"):
+        ablate.write(grid(tmp_path, common={"degrade": {"mask": 1.5}}), ("cosine", "short"), 0)
+    with pytest.raises(InputError, match=r"yaml: verifies on people all, 21-40, and the grid's people are 1-2"):
+        ablate.write(grid(tmp_path, people="1-2"), ("cosine", "short"), 0)
+    peers = {"loss": {"class_path": "distill.losses.mutual.EachPeer", "init_args": {"loss": {}}}}
+    peers["loss"]["init_args"]["loss"] = {"class_path": "distill.losses.embedding.CosineEmbedding"}
+    small = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", widths=[8], depths=[1])
+    alone = grid(
+        tmp_path,
+        axes={"method": {"good": {}, "bad": {"losses": {"each": peers}}}},
+        common={"teacher": str(faceless.save(small, tmp_path / "small", {})), "verification.benchmark": None},
+    )
+    with pytest.raises(InputError, match=r"bad-seed-0.yaml: the student has no 'peers.0'"):
+        ablate.check_cells(alone)
     with pytest.raises(InputError, match="chain: link 1 sets output"):
         ablate.write(grid(tmp_path, common={"chain": [{"output": "x"}, {}]}), ("cosine", "short"), 0)
     members = {
