@@ -26,10 +26,10 @@ def check_run(run: Run, objective: Objective, teacher: Recognizer, place: Place)
     run.source.check(place)
     check_weights(run, objective)
     check_teacher(run, objective, teacher)
-    check_used(run, objective)
     grouped = isinstance(run.source, Rows) and run.source.together > 1
     check_labelled(run, objective, (grouped or bool(objective.needs_labels)) and run.source.may_be_labelled())
     check_cache(run)
+    check_used(run, objective)
 
 
 def check_cache(run: Run) -> None:
