@@ -85,7 +85,7 @@ class Ensemble(Teachers):
     def load(self) -> list[Recognizer]:
         nets = [faceless.load(source) for source in self.members]
         fusion = Fusion(nets, self.fusion, self.center, self.by_norm, self.weights, self.embedding_dim)
-        return [FusedRecognizer(fusion, self.faces)]
+        return [cast(Recognizer, FusedRecognizer(fusion, self.faces).eval())]
 
 
 class Snapshots(Teachers):
@@ -283,6 +283,7 @@ class Fusion(nn.Module):
         Raises:
             InputError: there are fewer faces than numbers in an embedding.
         """
+        self.eval()  # batch statistics of a teacher are not to move
         dims = [cast(Recognizer, member).embedding_dim for member in self.members]
         aligned = self.how != "concatenate" or self.basis is not None
         if aligned and len(faces) < self.embedding_dim:

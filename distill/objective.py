@@ -349,7 +349,7 @@ class Objective(nn.Module):
     @staticmethod
     def _said(who: str, network: Recognizer, names: Sequence[str]) -> Output:
         """What a network says of two blank faces, in eval mode."""
-        training = network.training
+        modes = {module: module.training for module in network.modules()}
         network.eval()
         try:
             found: Output = network(torch.full((2, 3, 112, 112), 127.0), features=names)
@@ -360,7 +360,8 @@ class Objective(nn.Module):
                 if missing.startswith(start):
                     raise InputError(f"the {who} has no {missing!r}: {wanted}") from error
             raise InputError(f"the {who} has no layer {missing!r}; {suggest(missing, layers)}") from error
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training
         return found
 
     def _show(self, loss: Loss, student: Output, teacher: Output) -> None:

@@ -16,7 +16,9 @@ import yaml
 import faceless
 from distill.augment import Degrade
 from distill.ensembles import Ensemble, FusedRecognizer, Fusion
+from distill.losses.embedding import CosineEmbedding
 from distill.losses.probabilistic import VonMisesFisher
+from distill.objective import Objective
 from distill.settings import Run
 from distill.sources import Place
 from distill.train import main
@@ -247,6 +249,23 @@ def test_a_run_with_an_ensemble_leaves_its_record_and_resumes_to_the_same_bytes(
     before = student_bytes(tmp_path / "whole")
     main(["--config", str(path), "--output", str(tmp_path / "whole")])
     assert student_bytes(tmp_path / "whole") == before
+
+
+def test_neither_probing_nor_calibration_moves_batch_statistics(tmp_path: Path) -> None:
+    (ensemble,) = Ensemble(members=members(tmp_path), faces=64).load()
+    assert isinstance(ensemble, FusedRecognizer) and not any(module.training for module in ensemble.modules())
+    before = {key: value.clone() for key, value in ensemble.state_dict().items()}
+    assert any("running" in key for key in before)
+    student = faceless.create("slimresnet", embedding_dim=ensemble.embedding_dim, input_size=32, **TINY).train()
+    student.backbone.fc.eval()
+    modes = [module.training for module in student.modules()]
+    objective = Objective(
+        {"a": CosineEmbedding()}, {"a": 1.0}, student_dim=student.embedding_dim, teacher_dim=ensemble.embedding_dim
+    )
+    objective.probe(student, ensemble)
+    assert [module.training for module in student.modules()] == modes
+    ensemble.fusion.train().calibrate(faces(64, 32))
+    assert all(torch.equal(value, before[key]) for key, value in ensemble.state_dict().items())
 
 
 def test_a_wrong_ensemble_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
