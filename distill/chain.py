@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from distill.settings import Run
 from distill.sources import Place
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
-from faceless.settings import Settings
+from faceless.settings import Settings, dotted
 
 
 def links(settings: Settings[Run]) -> list[Settings[Run]]:
@@ -47,9 +46,9 @@ def links(settings: Settings[Run]) -> list[Settings[Run]]:
     return found
 
 
-def finished(link: Settings[Run]) -> bool:
-    """Whether a link was trained before."""
-    return Path(link.asdict()["output"], "report.html").is_file()
+def finished(run: Path) -> bool:
+    """Whether the run in a folder has come to its end, of which the report is the last thing."""
+    return (run / "report.html").is_file()
 
 
 def check_links(chain: list[Settings[Run]]) -> None:
@@ -63,7 +62,7 @@ def check_links(chain: list[Settings[Run]]) -> None:
         try:
             run = link.build()
             check_same_settings(Path(run.output) / "settings.yaml", link.asdict())
-            if finished(link):
+            if finished(Path(run.output)):
                 check_same_teacher(run)
                 continue
             check_benchmark(run)
@@ -76,12 +75,8 @@ def check_links(chain: list[Settings[Run]]) -> None:
                     run.prompts.into(teacher)
                 student = make_student(run, teacher)
                 objective = make_objective(run, student, teachers)
-                check_run(
-                    run,
-                    objective,
-                    teacher,
-                    Place(run.seed, run.batch_size, held_out=run.validation.faces, steps=run.steps),
-                )
+                place = Place(run.seed, run.batch_size, held_out=run.validation.faces, steps=run.steps)
+                check_run(run, objective, teacher, place)
         except InputError as error:
             raise InputError(f"chain: link {number}: {error}" if len(chain) > 1 else str(error)) from error
         untrained[f"{run.output}/student"] = alone(student)
@@ -115,14 +110,6 @@ def digests(teacher: Any) -> list[Any]:
 def seeded(settings: Settings[Run]) -> Settings[Run]:
     """Give the losses and prompts that name no seed that of the run, so that runs of other seeds draw other numbers."""
     plain = settings.asdict()
-    nameless = unseeded({key: plain[key] for key in ("losses", "prompts")})
+    found = dotted({key: plain[key] for key in ("losses", "prompts")})
+    nameless = [key for key, value in found if key.split(".")[-1] == "seed" and value is None]
     return settings.changed(dict.fromkeys(nameless, plain["seed"]))
-
-
-def unseeded(settings: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Dotted keys of the seeds that are null, however deep."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from unseeded(value, f"{above}{name}.")
-        elif name == "seed" and value is None:
-            yield f"{above}{name}"

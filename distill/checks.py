@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from distill.ensembles import Nobody
 from distill.losses.base import FaceLoss
 from distill.losses.cross_architecture import URFM, PromptGuard
@@ -11,7 +13,7 @@ from distill.losses.mutual import EachPeer
 from distill.mixtures import recurring
 from distill.objective import Objective
 from distill.settings import Run
-from distill.sources import CorpusSource, OnlineSource, Place, Rows
+from distill.sources import CorpusSource, OnlineSource, Place, Rows, Source
 from distill.teachers import check_views
 from faceless.errors import InputError
 from faceless.recognizer import Recognizer
@@ -26,10 +28,15 @@ def check_run(run: Run, objective: Objective, teacher: Recognizer, place: Place)
     run.source.check(place)
     check_weights(run, objective)
     check_teacher(run, objective, teacher)
-    grouped = isinstance(run.source, Rows) and run.source.together > 1
-    check_labelled(run, objective, (grouped or bool(objective.needs_labels)) and run.source.may_be_labelled())
+    wanted = grouped(run.source) or bool(objective.needs_labels)
+    check_labelled(run, objective, wanted and run.source.may_be_labelled())
     check_cache(run)
     check_used(run, objective)
+
+
+def grouped(source: Source) -> TypeGuard[Rows]:
+    """Whether faces of one identity come together."""
+    return isinstance(source, Rows) and source.together > 1
 
 
 def check_cache(run: Run) -> None:
@@ -64,7 +71,7 @@ def check_labelled(run: Run, objective: Objective, labelled: bool) -> None:
                 f"losses.{term}.scattered: it is for a loss of labels, and for faces of which some come together and "
                 "some do not: set together and scattered of the source"
             )
-    if isinstance(source, Rows) and source.together > 1 and not labelled and run.pseudo_identities is None:
+    if grouped(source) and not labelled and run.pseudo_identities is None:
         raise InputError(
             f"source.init_args.together is {source.together}, and {name} has no labels to go by; for a corpus, "
             "pseudo_identities makes some"
@@ -123,8 +130,7 @@ def check_used(run: Run, objective: Objective) -> None:
     if run.pseudo_identities is not None:
         if isinstance(source, CorpusSource) and source.label_file is not None:
             raise InputError("pseudo_identities would take the place of source.init_args.labels; leave one of them out")
-        grouped = isinstance(source, Rows) and source.together > 1
-        if not (grouped or objective.needs_labels or objective.needs_centers):
+        if not (grouped(source) or objective.needs_labels or objective.needs_centers):
             raise InputError("pseudo_identities: no loss looks at labels; add one, or leave them out")
     if isinstance(source, CorpusSource) and source.landmark_file and not any(isinstance(one, URFM) for one in losses):
         raise InputError("source.init_args.landmarks: no loss asks where in a face a place is; leave them out")

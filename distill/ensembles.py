@@ -137,7 +137,7 @@ def check_complete(folder: Path) -> None:
         InputError: a snapshot is missing, as the run is not finished, or somebody took it away.
     """
     path = folder.parent / "settings.yaml"
-    if not folder.is_dir() or not path.is_file():
+    if not path.is_file():
         return
     try:
         settings = yaml.safe_load(path.read_text(errors="replace"))

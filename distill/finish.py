@@ -55,9 +55,9 @@ def check_benchmark(run: Run) -> None:
 def load_benchmark(run: Run, teacher: Recognizer, accelerator: Accelerator) -> Benchmark | None:
     """The benchmark of the run, made ready on one process first."""
     check_benchmark(run)
-    if run.verification.benchmark is None:
-        return None
     source = run.verification.benchmark
+    if source is None:
+        return None
     with accelerator.main_process_first():
         # The pixels that eval/verify.py shows them, so that both say the same of a student.
         size = max(crop_size(teacher), run.student.input_size)

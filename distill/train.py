@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(chain) > 1:
         check_links(chain)
     for link in chain[:-1]:
-        if not finished(link):
+        if not finished(Path(link.asdict()["output"])):
             train(link, more=True)
     train(chain[-1])
 

@@ -23,7 +23,8 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -61,7 +62,8 @@ class Settings(Generic[T]):
             message = _causes(str(error))
             # What a class of a recipe says of an argument does not say where that class stands.
             by = _refused_by(error)
-            at = [key for key, path in _named(self.asdict()) if by is not None and path.rpartition(".")[2] == by]
+            given = ((key, value) for key, value in dotted(self.asdict()) if isinstance(value, dict))
+            at = [key for key, value in given if by and str(value.get("class_path")).rpartition(".")[2] == by]
             raise InputError(f"{at[0] if len(at) == 1 else by or 'settings'}: {message}") from error
         return self._cls(**{field.name: made[field.name] for field in fields(self._cls)})  # type: ignore[arg-type]
 
@@ -176,23 +178,14 @@ def _insisting(found: Any, key: str = "") -> Iterator[str]:
 
 
 def _refused_by(error: BaseException) -> str | None:
-    """The class whose constructor raised ``error``, unless that is one whose message names its own keys."""
+    """The class whose constructor raised ``error``, if it was one's."""
     found, trace = None, error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
         if frame.f_code.co_name in ("__init__", "__post_init__") and "self" in frame.f_locals:
             found = type(frame.f_locals["self"]).__name__
         trace = trace.tb_next
-    return None if isinstance(error, InputError) or found == "ArgumentParser" else found
-
-
-def _named(found: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys of components, and the classes that they name."""
-    for name, value in found.items() if isinstance(found, dict) else ():
-        dotted = f"{key}.{name}" if key else str(name)
-        if isinstance(value, dict) and isinstance(value.get("class_path"), str):
-            yield dotted, value["class_path"]
-        yield from _named(value, dotted)
+    return found
 
 
 def _refuse_nulls(cls: type, namespace: Namespace, arguments: Sequence[str]) -> None:
@@ -203,8 +196,8 @@ def _refuse_nulls(cls: type, namespace: Namespace, arguments: Sequence[str]) -> 
     """
     for key, kind in _nulls(namespace, cls):
         name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        place = "".join(f"{path}: " for path in _recipes(arguments)[-1:])
-        raise InputError(f"{place}{key} is null; leave it out, or give {name}")
+        said, where = f"{key} is null; leave it out, or give {name}", _recipes(arguments)
+        raise InputError(f"{where[-1]}: {said}" if where else said)
 
 
 def _recipes(arguments: Sequence[str]) -> list[str]:
@@ -216,33 +209,45 @@ def _recipes(arguments: Sequence[str]) -> list[str]:
 def _nulls(found: Any, kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys that are null and have types that are not, with these types."""
     if found is None:
-        if kind is not None and kind is not Any and type(None) not in get_args(kind):
+        if kind not in (None, Any) and type(None) not in get_args(kind):
             yield key, kind
         return
-    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
-    above = f"{key}." if key else ""
+    for name, value, wanted in _inside(found, kind):
+        yield from _nulls(value, wanted, f"{key}.{name}" if key else name)
+
+
+def _inside(found: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a setting of type ``kind`` holds one level down, and the type that each is to have; None where none says."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if isinstance(found, (list, tuple)):
-        element = get_args(kinds[0])[:1] if len(kinds) == 1 else get_args(kind)[:1]
-        for place, value in enumerate(found):
-            yield from _nulls(value, element[0] if element else None, f"{above}{place}")
+        element = next((get_args(one)[0] for one in kinds if get_origin(one) in (list, tuple)), None)
+        yield from ((str(place), value, element) for place, value in enumerate(found))
     if not isinstance(found, (Namespace, dict)):
         return
     items = vars(found) if isinstance(found, Namespace) else found
-    hints: dict[str, Any] = {}
     if "class_path" in items:
-        yield from _nulls(items.get("init_args") or {}, _imported(str(items["class_path"])), f"{above}init_args")
+        yield "init_args", items.get("init_args") or {}, _imported(str(items["class_path"]))
         return
-    for one in (kind, *kinds):
-        if isinstance(one, type):
+    element = next((get_args(one)[1] for one in kinds if get_origin(one) is dict), None)
+    hints: dict[str, Any] = {}
+    for one in kinds:
+        if isinstance(one, type) and not hints:
             made: Any = one
             with suppress(NameError, TypeError):  # of other people's classes
                 hints = get_type_hints(made if is_dataclass(made) else made.__init__)
-                break
-        if get_origin(one) is dict:
-            hints = dict.fromkeys(items, get_args(one)[1])
-            break
-    for name, value in items.items():
-        yield from _nulls(value, hints.get(str(name)), f"{above}{name}")
+    yield from ((str(name), value, hints.get(str(name), element)) for name, value in items.items())
+
+
+def dotted(settings: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested settings, dotted, with what it holds.
+
+    >>> list(dotted({"a": {"b": 1}}))
+    [('a', {'b': 1}), ('a.b', 1)]
+    """
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        key = f"{above}{name}"
+        yield key, value
+        yield from dotted(value, f"{key}.")
 
 
 def put(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -363,7 +368,7 @@ def _whole(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
     given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")}
     for file in files:
         with suppress(OSError, ValueError, yaml.YAMLError):
-            given |= set(_dotted(yaml.safe_load(Path(file).read_text("utf-8"))))
+            given |= {place for place, _ in dotted(yaml.safe_load(Path(file).read_text("utf-8")))}
     parts, places = key.split("."), set()
     for place in given:
         rest = iter(place.split("."))
@@ -371,13 +376,6 @@ def _whole(key: str, arguments: Sequence[str], files: Sequence[str]) -> str:
             last = place.split(".")
             places.add(".".join(last[: len(last) - last[::-1].index(parts[-1])]))
     return places.pop() if len(places) == 1 else key
-
-
-def _dotted(found: Any, above: str = "") -> Iterator[str]:
-    """Every key of nested settings, dotted."""
-    for name, value in found.items() if isinstance(found, dict) else ():
-        yield f"{above}{name}"
-        yield from _dotted(value, f"{above}{name}.")
 
 
 def _is_dataclass(path: str) -> bool:

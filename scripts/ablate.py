@@ -32,7 +32,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill.chain import check_links, links
+from distill.chain import check_links, digests, finished, links
+from distill.checkpoints import read_record
 from distill.settings import Run
 from eval import figures
 from faceless.errors import InputError, command, suggest
@@ -180,11 +181,6 @@ def folder(grid: Grid, cell: Cell, seed: int) -> Path:
     return Path(grid.output, *cell, f"seed-{seed}")
 
 
-def finished(run: Path) -> bool:
-    """Whether a run has come to its end, of which the report is the last thing."""
-    return (run / "report.html").is_file()
-
-
 def write(grid: Grid, cell: Cell, seed: int) -> Path:
     """The recipe of a cell, checked; the same as before if there was one.
 
@@ -269,8 +265,7 @@ def done(grid: Grid, cell: Cell, seeds: Sequence[int] | None = None) -> list[Pat
 
 def taught_by(run: Path) -> set[str]:
     """SHA-256 of the weights of all that taught a run."""
-    teacher = json.loads((run / "provenance.json").read_text())["teacher"]
-    return {one.get("sha256", "") for one in (teacher, *teacher.get("members", []), *teacher.get("stages", []))}
+    return set(digests(read_record(run / "provenance.json").get("teacher")))
 
 
 def train(grid: Grid, cell: Cell, seed: int, settings: Path) -> bool:

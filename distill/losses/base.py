@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.gather import processes
@@ -140,6 +141,11 @@ def labeled_mean(values: Tensor, labels: Tensor) -> Tensor:
     if processes() > 1:
         dist.all_reduce(count)
     return torch.where(known, values, 0).sum() * processes() / count.clamp(min=1)
+
+
+def labeled_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``scores [B, C]``, mean over the faces that have a label (see `labeled_mean`)."""
+    return labeled_mean(F.cross_entropy(scores, labels.clamp(min=0), reduction="none"), labels)
 
 
 def positive(**named: float) -> float:

@@ -65,6 +65,14 @@ def as_map(x: Tensor) -> Tensor:
     raise ValueError(f"features are [B, C], [B, C, H, W] or a square of tokens [B, N, C], got {list(x.shape)}")
 
 
+@torch.no_grad()
+def draw_linear(weight: Tensor, seed: int, purpose: str) -> None:
+    """Fill the ``weight [outputs, inputs, ...]`` of a linear map: unit variance in, unit variance out."""
+    inputs = weight[0].numel()
+    numbers = Rng.of(seed, purpose, range(len(weight))).uniform(inputs, low=-1.0, high=1.0)
+    weight.copy_((numbers * math.sqrt(3 / inputs)).view_as(weight))
+
+
 def smaller(Fs: Tensor, Ft: Tensor) -> tuple[int, int]:
     """The height and the width that neither map must be enlarged to."""
     return min(Fs.shape[2], Ft.shape[2]), min(Fs.shape[3], Ft.shape[3])
@@ -107,10 +115,7 @@ class Hint(FeatureLoss):
         if inputs == outputs:
             return
         self.adapter = nn.Conv2d(inputs, outputs, 1, bias=False)
-        numbers = Rng.of(self.seed, "hint adapter", range(outputs)).uniform(inputs, low=-1.0, high=1.0)
-        with torch.no_grad():
-            # Unit variance in, unit variance out.
-            self.adapter.weight.copy_((numbers * math.sqrt(3 / inputs)).view(outputs, inputs, 1, 1))
+        draw_linear(self.adapter.weight, self.seed, "hint adapter")
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         Fs, Ft = self.maps(student, teacher)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.losses.base import FaceLoss, Loss, labeled_mean, positive
+from distill.losses.base import FaceLoss, Loss, labeled_cross_entropy, labeled_mean, positive
 from distill.losses.margin import check_labels
 from faceless.recognizer import Output
 
@@ -212,7 +212,7 @@ class CrossEntropy(Loss):
         if student.logits is None:
             raise ValueError("CrossEntropy needs logits of the student")
         check_labels(labels, student.logits.shape[1])
-        return labeled_mean(F.cross_entropy(student.logits, labels.clamp(min=0), reduction="none"), labels)
+        return labeled_cross_entropy(student.logits, labels)
 
 
 def _decouple(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

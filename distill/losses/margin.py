@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.gather import gather
-from distill.losses.base import Loss, labeled_mean, one_of, positive
+from distill.losses.base import Loss, labeled_cross_entropy, labeled_mean, one_of, positive
 from faceless.randomness import Rng
 from faceless.recognizer import Output
 
@@ -62,8 +62,7 @@ def margin_softmax(cosines: Tensor, labels: Tensor, *, kind: str, scale: float, 
     known = labels.clamp(min=0).unsqueeze(1)
     target = cosines.gather(1, known)
     moved = arc(target, margin, gradient) if kind == "arc" else target - margin
-    logits = scale * cosines.scatter(1, known, moved)
-    return labeled_mean(F.cross_entropy(logits, known.squeeze(1), reduction="none"), labels)
+    return labeled_cross_entropy(scale * cosines.scatter(1, known, moved), labels)
 
 
 def sampled_classes(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.losses.base import Loss, labeled_mean, mean, positive
+from distill.losses.base import Loss, labeled_cross_entropy, mean, positive
+from distill.losses.logits import divergence
 from distill.losses.margin import ClassCenters, check_labels
 from faceless.recognizer import Output
 
@@ -173,14 +173,11 @@ class DeepMutual(_PeerLoss):
                 f"embedding_dim is {self.embedding_dim}, and a network's embeddings have {min(wrong)} numbers"
             )
         scores = [self.scale * net(out.embedding) for net, out in zip(self.classifiers, everyone)]
-        total = torch.stack(
-            [labeled_mean(F.cross_entropy(z, labels.clamp(min=0), reduction="none"), labels) for z in scores]
-        ).sum()
+        total = torch.stack([labeled_cross_entropy(z, labels) for z in scores]).sum()
         soft = [(z / self.temperature).log_softmax(1) for z in scores]
         for i, learner in enumerate(soft):
             for j, other in enumerate(soft):
                 if i != j:
-                    other = other.detach()
-                    divergence = mean((other.exp() * (other - learner)).sum(1))
-                    total = total + self.weight * self.temperature**2 * divergence / (len(soft) - 1)
+                    apart = mean(divergence(other.detach(), learner))
+                    total = total + self.weight * self.temperature**2 * apart / (len(soft) - 1)
         return total

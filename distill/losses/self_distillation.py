@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.losses.base import Loss, labeled_mean, mean, positive, same_dim
-from distill.losses.features import as_map
+from distill.losses.base import Loss, labeled_cross_entropy, mean, positive, same_dim
+from distill.losses.features import as_map, draw_linear
+from distill.losses.logits import divergence
 from distill.losses.margin import ClassCenters, check_labels
-from faceless.randomness import Rng
 from faceless.recognizer import Output
 
 GRID = 4  # places along each side that an exit looks at
@@ -30,11 +29,7 @@ class Exit(nn.Module):
     def __init__(self, channels: int, embedding_dim: int, seed: int, name: str):
         super().__init__()
         self.linear = nn.Linear(channels * GRID**2, embedding_dim, bias=False)
-        inputs = self.linear.in_features
-        numbers = Rng.of(seed, f"exit {name}", range(embedding_dim)).uniform(inputs, low=-1.0, high=1.0)
-        with torch.no_grad():
-            # Unit variance in, unit variance out.
-            self.linear.weight.copy_(numbers * math.sqrt(3 / inputs))
+        draw_linear(self.linear.weight, seed, f"exit {name}")
 
     def forward(self, x: Tensor) -> Tensor:
         rows = F.adaptive_avg_pool2d(x, GRID).flatten(1)
@@ -125,11 +120,11 @@ class DeepToShallow(Loss):
         check_labels(labels, self.classes)
         last, *scores = (self.scale * net(e) for net, e in zip(self.classifiers, (student.embedding, *shallow)))
         soft = (last.detach() / self.temperature).log_softmax(1)
-        total = self._cross_entropy(last, labels) + self.hint * hints
+        total = labeled_cross_entropy(last, labels) + self.hint * hints
         for z in scores:
-            divergence = mean((soft.exp() * (soft - (z / self.temperature).log_softmax(1))).sum(1))
-            total = total + (1 - self.share) * self._cross_entropy(z, labels)
-            total = total + self.share * self.temperature**2 * divergence
+            apart = mean(divergence(soft, (z / self.temperature).log_softmax(1)))
+            total = total + (1 - self.share) * labeled_cross_entropy(z, labels)
+            total = total + self.share * self.temperature**2 * apart
         return total
 
     def _exit(self, i: int, student: Output) -> Tensor:
@@ -147,7 +142,3 @@ class DeepToShallow(Loss):
             )
         embedding: Tensor = exit_(found)
         return embedding
-
-    @staticmethod
-    def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-        return labeled_mean(F.cross_entropy(scores, labels.clamp(min=0), reduction="none"), labels)

@@ -48,8 +48,8 @@ def under(benchmark: Benchmark, condition: str) -> Benchmark:
         InputError: no such condition.
     """
     kind = check(condition).removesuffix(CLEAN)
-    side, crop = re.fullmatch(r"(\d+)px", kind), benchmark.images.shape[-1]
-    if side and int(side[1]) > crop:
+    crop = benchmark.images.shape[-1]
+    if kind.endswith("px") and int(kind.removesuffix("px")) > crop:
         raise InputError(f"condition {condition}: these faces have {crop} pixels; name no more")
     framing = str(benchmark.record.get("framing", "dlib"))
     rng = Rng.of(0, f"condition {kind}", range(len(benchmark)))
