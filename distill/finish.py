@@ -223,12 +223,15 @@ def verify_all(run: Run, output: Path, models: dict[str, Recognizer], benchmark:
             some = worse if name == "all" else worse.subset(parse_people(name, people))
             subsets[f"{name} {condition}"] = some
     costs = {label: efficiency.measure(model) for label, model in models.items()}
+    known: dict[str, dict[bytes, np.ndarray]] = {label: {} for label in models}
     results: dict[str, list[dict[str, Any]]] = {}
     scores: dict[str, np.ndarray] = {}
     for name, faces in subsets.items():
         results[name] = []
         for label, model in models.items():
-            found = verify(model, faces, flip=chosen.flip, bootstrap=chosen.bootstrap, seed=run.seed)
+            # Other runs ask the same teacher about the same faces; one with prompts has them from this run.
+            cache = label == "teacher" and run.prompts is None
+            found = verify(model, faces, chosen.flip, chosen.bootstrap, seed=run.seed, cache=cache, known=known[label])
             results[name].append({"label": label} | found.summary() | {"efficiency": costs[label]})
             if name == next(iter(subsets)):
                 scores |= {f"{label}/{key}": array for key, array in found.arrays().items()}

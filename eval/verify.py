@@ -7,6 +7,7 @@ python eval/verify.py --model runs/quickstart/student --benchmark faces_emore/lf
 
 from __future__ import annotations
 
+import hashlib
 import json as json_format
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,7 @@ def verify(
     model: str | None = None,
     cache: bool = False,
     quality: bool = False,
+    known: dict[bytes, np.ndarray] | None = None,
 ) -> Verification:
     """Compare every face with every other by the cosine of their embeddings.
 
@@ -143,6 +145,8 @@ def verify(
         cache: keep embeddings in the cache folder, by SHA-256 of the model and of the crops.
         quality: take the norm of an embedding for the quality of its face, and report how FNMR@FMR=1e-2 falls as
             comparisons of low quality are rejected.
+        known: what this recognizer said before, with this ``flip``, by the SHA-256 of the crop; more is added. Faces
+            that several subsets or conditions share are then embedded once.
 
     Raises:
         InputError: embeddings are NaN, or the benchmark has no genuine or no impostor pair.
@@ -150,11 +154,12 @@ def verify(
     model = model or str(recognizer.source.get("source") or recognizer.name or type(recognizer.backbone).__name__)
     if not benchmark.genuine_pairs or not benchmark.impostor_pairs:
         raise InputError(f"{benchmark.name}: needs two people or more, and two faces of at least one of them")
-    probes, norms = _embed(recognizer, benchmark, flip, model, cache)
+    known = {} if known is None else known
+    probes, norms = _embed(recognizer, benchmark, flip, model, cache, known)
     gallery, their_norms = probes, norms
     if benchmark.gallery is not None:
         bare = replace(benchmark, images=benchmark.gallery, gallery=None)
-        gallery, their_norms = _embed(recognizer, bare, flip, model, cache)
+        gallery, their_norms = _embed(recognizer, bare, flip, model, cache, known)
 
     # In double precision and rounded once, so that a score depends neither on the BLAS nor on the number of threads.
     similarity = (probes @ gallery.T).astype(np.float32)
@@ -212,14 +217,22 @@ def verify(
 
 
 def _embed(
-    recognizer: Recognizer, benchmark: Benchmark, flip: bool, model: str, cache: bool
+    recognizer: Recognizer, benchmark: Benchmark, flip: bool, model: str, cache: bool, known: dict[bytes, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit embeddings ``[N, D]`` of the images in float64, and what their norms ``[N]`` were."""
+    keys = [hashlib.sha256(image).digest() for image in benchmark.images.contiguous().numpy()]
+    rows = [row for row, key in enumerate(keys) if key not in known]
+    if rows:
+        new = benchmark
+        if len(rows) < len(keys):
+            new = replace(benchmark, images=benchmark.images[rows], identities=benchmark.identities[rows], gallery=None)
 
-    def embed() -> np.ndarray:
-        return recognizer.embed(benchmark.images, flip=flip, unit=False).numpy()
+        def embed() -> np.ndarray:
+            return recognizer.embed(new.images, flip=flip, unit=False).numpy()
 
-    raw = cached(recognizer, benchmark.digest, len(benchmark), ["raw", flip], embed) if cache else embed()
+        found = cached(recognizer, new.digest, len(new), ["raw", flip], embed) if cache else embed()
+        known.update(zip((keys[row] for row in rows), found))
+    raw = np.stack([known[key] for key in keys])
     embeddings = F.normalize(torch.from_numpy(raw)).double().numpy()
     broken = int((~np.isfinite(embeddings).all(1)).sum())
     if broken:

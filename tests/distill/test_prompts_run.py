@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -22,6 +23,7 @@ from distill.sources import Batch
 from distill.train import main
 from faceless.errors import InputError, command
 from faceless.randomness import Rng
+from tests.distill.test_sources import folder
 from tests.distill.test_train import corpus_recipe, student_bytes
 
 pytest.importorskip("timm")
@@ -62,8 +64,13 @@ def prompted_recipe(folder: Path) -> Path:
 def test_prompts_learn_and_a_run_with_them_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FACELESS_CACHE", str(tmp_path / "cache"))
     path = prompted_recipe(tmp_path)
-    main(["--config", str(path), "--output", str(tmp_path / "whole")])
+    faces = folder(tmp_path / "faces", people=2, images=2)
+    check = ["--verification", json.dumps({"benchmark": str(faces), "people": [], "bootstrap": 0})]
+    main(["--config", str(path), "--output", str(tmp_path / "whole"), *check])
+    # What this teacher says is not what its file says.
+    assert not (tmp_path / "cache" / "embeddings").exists()
     saved = Checkpoints(tmp_path / "whole" / "checkpoints", 1).latest()
     learned = {name: value for name, value in saved["objective"].items() if name.startswith("prompts.")}
     initial = Prompts(tokens=5).into(transformer())

@@ -442,6 +442,24 @@ def test_a_run_says_of_its_student_what_the_command_says(tmp_path: Path, teacher
         assert rows[1][key] == pytest.approx(found[key], abs=1e-6)
 
 
+def test_what_a_teacher_says_of_a_benchmark_is_kept_for_other_runs(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FACELESS_CACHE", str(tmp_path / "cache"))
+    faces = folder(tmp_path / "faces", people=5, images=4, side=64)
+    check = {"benchmark": str(faces), "people": ["4-5"], "conditions": ["8px/clean"], "bootstrap": 0}
+    path = recipe(tmp_path, teacher, steps=2, verification=check)
+    kept = []
+    for seed in ("0", "1"):
+        main(["--config", str(path), "--seed", seed, "--output", str(tmp_path / seed)])
+        kept.append(sorted((tmp_path / "cache" / "embeddings").iterdir()))
+    # All people, as they are and worse; subsets and galleries are among these, and students change.
+    assert kept[0] == kept[1] and [np.load(file).shape for file in kept[0]] == [(20, 16), (20, 16)]
+    first, second = (json.loads((tmp_path / seed / "verification.json").read_text())["subsets"] for seed in "01")
+    for name in ("all", "4-5", "all 8px/clean", "4-5 8px/clean"):
+        assert first[name][0]["auc"] == second[name][0]["auc"]
+
+
 @pytest.mark.parametrize(
     ("part", "change"),
     [

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_flip_adds_the_mirrored_face():
     with_flip = verify(net, benchmark, flip=True, bootstrap=0)
     np.testing.assert_allclose(with_flip.genuine, verify(net, mirrored, flip=True, bootstrap=0).genuine, atol=1e-6)
     assert np.abs(with_flip.genuine - verify(net, benchmark, bootstrap=0).genuine).max() > 1e-3
+
+
+def test_faces_that_subsets_share_are_embedded_once(monkeypatch):
+    net, benchmark, known = recognizer(24), faces(5, 4), {}
+    some = benchmark.subset([1, 3])
+    covered = replace(benchmark, images=255 - benchmark.images, gallery=benchmark.images)
+    wanted = [verify(net, one, bootstrap=0) for one in (benchmark, some, covered)]
+    found = [verify(net, one, bootstrap=0, known=known) for one in (benchmark, some, covered)]
+    assert len(known) == 40
+    monkeypatch.setattr(type(net), "embed", None)  # nothing is embedded again
+    part = verify(net, covered.subset([0, 2]), bootstrap=0, known=known)
+    for result, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(result.genuine, expected.genuine, atol=1e-6)
+        np.testing.assert_allclose(result.impostor, expected.impostor, atol=1e-6)
+    np.testing.assert_array_equal(part.genuine, found[2].genuine[[*range(6), *range(12, 18)]])
 
 
 def test_broken_weights_are_named():
