@@ -35,8 +35,19 @@ class Teachers(ABC):
 
 
 def load_teachers(teacher: str | Teachers) -> list[Recognizer]:
-    """The networks of a recipe's ``teacher``: one for the whole run, or the stages of several."""
-    return [faceless.load(teacher)] if isinstance(teacher, str) else teacher.load()
+    """The networks of a recipe's ``teacher``: one for the whole run, or the stages of several.
+
+    Raises:
+        InputError: it cannot be loaded, or is a list, which does not say how its members come together.
+    """
+    if not isinstance(teacher, str):
+        return teacher.load()
+    if teacher.startswith("["):
+        raise InputError(
+            f"teacher is a list; for several at once use {{class_path: distill.ensembles.Ensemble, init_args: "
+            f"{{members: {teacher}}}}}, for one after the other distill.ensembles.Snapshots with stages"
+        )
+    return [faceless.load(teacher)]
 
 
 class Ensemble(Teachers):

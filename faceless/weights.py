@@ -13,10 +13,11 @@ import pickle
 import re
 import reprlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -105,15 +106,30 @@ def _build(name: str, embedding_dim: Any, input_size: Any, framing: Any, options
     if framing not in (None, "arcface", "dlib"):
         raise InputError(f"{name}: framing is {framing!r}; use 'arcface' or 'dlib'")
     known = inspect.signature(architecture.build).parameters
-    for key in options:
+    kinds = get_type_hints(getattr(architecture.build, "func", architecture.build).__init__)
+    for key, value in options.items():
         if key not in known:
             raise InputError(f"{name} has no option {key!r}; {suggest(key, known)}")
+        if not _fits(value, kinds[key]):
+            raise InputError(f"{name}: option {key} is {reprlib.repr(value)}; give {known[key].annotation}")
     try:
         backbone = architecture.build(embedding_dim=dim, input_size=size, **options)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name}: {error}") from error
     spec = replace(architecture.spec, height=size, width=size, framing=framing or architecture.spec.framing)
     return Recognizer(backbone, spec, name=name, options={"embedding_dim": dim, "input_size": size, **options})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether an option is of the type that the architecture's class declares; a whole number is a real one too."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(one, parts[0]) for one in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def load(source: str | Path, spec: InputSpec | None = None, *, runtime: bool = False, **options: Any) -> Recognizer:

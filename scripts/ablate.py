@@ -51,7 +51,8 @@ MEASURES = {
     "cosine": (True, False),
     "neighborhood": (True, False),
 }
-# An EER under a condition of ``verification.conditions`` goes by ``EER, 28px`` and the like.
+# Those that are also given under each condition of ``verification.conditions``, as ``EER, 28px`` and the like.
+WORSE = ("EER", "TAR@FAR=1e-2")
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
@@ -118,6 +119,8 @@ class Grid:
             shlex.split(self.launch)
         except ValueError as error:
             raise InputError(f"launch is {self.launch!r}: {error}") from error
+        if taken := {"seed", "output"} & self.common.keys():
+            raise InputError(f"common sets {min(taken)}, which follows from the grid")
         places: dict[str, str] = {}  # by key, the axis that sets it
         for axis, options in self.axes.items():
             for name, keys in options.items():
@@ -315,6 +318,17 @@ def train_all(grid: Grid, todo: Sequence[tuple[Cell, int]]) -> list[tuple[Cell, 
     return failed + [one for one, well in zip(todo[1:], ended) if not well]
 
 
+def rates(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a verification says of one network: by measure, ``value`` and its 95 % ``interval``."""
+    intervals = row.get("intervals") or {}
+    tars = intervals.get("tar_at_far") or {}
+    return {
+        "EER": {"value": row["eer"], "interval": intervals.get("eer")},
+        **{f"TAR@FAR={far}": {"value": row["tar_at_far"][far], "interval": tars.get(far)} for far in ("1e-2", "1e-3")},
+        "rank-1": {"value": row["rank1"], "interval": intervals.get("rank1")},
+    }
+
+
 def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[str, Any]]:
     """What a finished run's network scored: by measure, ``value`` and, where there is one, its 95 % ``interval``."""
     found: dict[str, dict[str, Any]] = {}
@@ -323,20 +337,15 @@ def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[st
         subsets: dict[str, list[dict[str, Any]]] = json.loads(verification.read_text())["subsets"]
         if grid.people not in subsets:
             raise InputError(f"{run}: verified on people {', '.join(subsets)}; set people to one of them")
-        row = next((row for row in subsets[grid.people] if row["label"] == label), None)
-        if row is None:  # a run without a teacher
-            return {}
-        intervals = row.get("intervals") or {}
-        found["EER"] = {"value": row["eer"], "interval": intervals.get("eer")}
-        for far in ("1e-2", "1e-3"):
-            interval = (intervals.get("tar_at_far") or {}).get(far)
-            found[f"TAR@FAR={far}"] = {"value": row["tar_at_far"][far], "interval": interval}
-        found["rank-1"] = {"value": row["rank1"], "interval": intervals.get("rank1")}
-        for name, rows in subsets.items():
-            if name.startswith(f"{grid.people} "):
-                row = next(row for row in rows if row["label"] == label)
-                interval = (row.get("intervals") or {}).get("eer")
-                found[f"EER, {name.removeprefix(grid.people).strip()}"] = {"value": row["eer"], "interval": interval}
+        for subset, rows in subsets.items():
+            row = next((row for row in rows if row["label"] == label), None)
+            if row is None:  # a run without a teacher
+                return {}
+            condition = subset.removeprefix(grid.people)
+            if not condition:
+                found |= rates(row)
+            elif condition.startswith(" "):
+                found |= {f"{measure},{condition}": rates(row)[measure] for measure in WORSE}
     if label == "student" and (run / "metrics.jsonl").exists():
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         agreement = [entry["validation"] for entry in entries if "validation" in entry]
@@ -390,7 +399,8 @@ def several_teachers(rows: Sequence[dict[str, Any]]) -> bool:
 def ordered(found: Sequence[dict[str, Any]]) -> list[str]:
     """The measures that occur: those of `MEASURES` first, then those under conditions."""
     present = dict.fromkeys(name for one in found for name in one)
-    return [*(name for name in MEASURES if name in present), *(name for name in present if name.startswith("EER, "))]
+    worse = [name for measure in MEASURES for name in present if name.startswith(f"{measure}, ")]
+    return [*(name for name in MEASURES if name in present), *worse]
 
 
 def kind(name: str) -> tuple[bool, bool]:

@@ -272,6 +272,7 @@ MISTAKES = {
     "unknown nested key": (["--optimizer.lrr", "3"], "optimizer.lr"),
     "wrong type": (["--steps", "many"], "steps"),
     "unknown teacher": (["--teacher", "dlib-resnet2"], "dlib-resnet29"),
+    "list of teachers": (["--teacher", "[one, two]"], "members: [one, two]"),
     "unknown student": (["--student.name", "slimresne"], "slimresnet"),
     "dimensions": (["--student.embedding_dim", "8", "--projection", "none"], "student.embedding_dim"),
     "no recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),

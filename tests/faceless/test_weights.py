@@ -1,3 +1,4 @@
+import inspect
 import json
 import pickle
 import struct
@@ -19,6 +20,7 @@ from torch import nn
 
 import faceless
 from faceless import weights
+from faceless.backbones import ARCHITECTURES
 from faceless.errors import InputError
 from faceless.files import sha256
 from faceless.randomness import Rng
@@ -402,8 +404,14 @@ def resave(path, change):
         (lambda c: c | {"options": c["options"] | {"embedding_dim": 10**12}}, "embedding_dim is"),
         (lambda c: c | {"options": c["options"] | {"seed": 1}}, "has no option 'seed'"),
         (lambda c: c | {"options": c["options"] | {"name": 1}}, "model.safetensors"),
-        (lambda c: c | slim(widths=[1e300], depths=[1]), "slimresnet: widths"),
-        (lambda c: c | slim(depths=["a"] * 4), "slimresnet"),
+        (
+            lambda c: c | slim(widths=[1e300], depths=[1]),
+            r"slimresnet: option widths is \[1e\+300\]; give Sequence\[int\]",
+        ),
+        (lambda c: c | slim(depths=["a"] * 4), "slimresnet: option depths"),
+        (lambda c: c | slim(depths=3), "slimresnet: option depths is 3"),
+        (lambda c: c | slim(pool="no"), "slimresnet: option pool is 'no'; give bool"),
+        (lambda c: c | slim(width=True), "slimresnet: option width is True; give float"),
     ],
 )
 def test_damaged_descriptions_are_one_line(tmp_path, change, message):
@@ -411,6 +419,14 @@ def test_damaged_descriptions_are_one_line(tmp_path, change, message):
     resave(folder / "model.safetensors", change)
     with pytest.raises(InputError, match=message):
         faceless.load(folder)
+
+
+@pytest.mark.parametrize("name", faceless.names())
+def test_options_of_another_type_are_named(name):
+    for option in inspect.signature(ARCHITECTURES[name].build).parameters:
+        if option not in ("embedding_dim", "input_size"):
+            with pytest.raises(InputError, match=f"{name}: option {option} is b''; give "):
+                faceless.create(name, **{option: b""})
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

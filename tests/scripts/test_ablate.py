@@ -98,6 +98,24 @@ def test_cells_of_several_teachers_name_the_figure_of_each(tmp_path: Path) -> No
     assert not ablate.several_teachers(almost), "the mean of equal numbers need not be that number"
 
 
+def test_the_table_says_how_they_do_under_each_condition(tmp_path: Path) -> None:
+    made = grid(tmp_path)
+    run = ablate.folder(made, ("cosine", "short"), 0)
+    scores(run, 0.1, 0.5)
+    found = json.loads((run / "verification.json").read_text())
+    best, row = found["subsets"]["21-40"]
+    worse = row | {"eer": 0.3, "tar_at_far": {"1e-2": 0.4, "1e-3": 0.2}, "intervals": {}}
+    found["subsets"] |= {"21-40 14px": [best, worse], "all": [best, row], "all 14px": [best, row]}
+    (run / "verification.json").write_text(json.dumps(found))
+    ablate.report(made)
+    head, _, line, *_ = (tmp_path / "grid" / "table.md").read_text().splitlines()
+    said = dict(zip(head.split(" | "), line.split(" | ")))
+    assert [name for name in said if "px" in name] == ["EER, 14px, %", "TAR@FAR=1e-2, 14px, %"]
+    assert said["EER, %"].startswith("10.00") and said["EER, 14px, %"] == "30.00"
+    assert said["TAR@FAR=1e-2, %"].startswith("90.00") and said["TAR@FAR=1e-2, 14px, %"] == "40.00"
+    assert (tmp_path / "grid" / "TAR-1e-2-14px.svg").exists()
+
+
 def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> None:
     confirm = ablate.Confirm(seeds=[1, 2], within=0.01, always=["cosine"])
     made = grid(tmp_path, confirm=confirm)
@@ -183,6 +201,7 @@ def test_mistakes_show_before_anything_is_trained(tmp_path: Path) -> None:
         ({"axes": {"side": {28: {}}}}, "axes.side.28: 28 is a number and no name; write it in quotes"),
         ({"axes": {"side": {"a": {3: 1}}}}, "axes.side.a: 3 is a number"),
         ({"axes": {"side": {"a": {"seed": 3}}}}, "axes.side.a sets seed, which follows from the grid"),
+        ({"common": {"seed": 3}}, "common sets seed, which follows from the grid"),
         ({"axes": {"a": {"x": {"ema": 0.1}}, "b": {"y": {"ema": 0.2}}}}, "axes.b.y sets ema, and so does axes.a"),
         ({"axes": {"a": {"x": {"recipe": None}}}}, "axes.a.x: recipe is None"),
         ({"seeds": [0, 1, 1]}, "seeds are .*; name each once"),
