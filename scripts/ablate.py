@@ -355,11 +355,11 @@ def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[st
     return found
 
 
-def summarize(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(values: Sequence[dict[str, Any]], rate: bool = False) -> dict[str, Any]:
     """Mean, 95 % interval and n of one measure over seeds.
 
     Over two seeds and more, the interval is Student's, of the mean over seeds. Of one seed it is the run's own, from
-    resampling people; it says nothing about other seeds.
+    resampling people; it says nothing about other seeds. That of a ``rate`` ends at 0 and 1.
 
     >>> summarize([{"value": 1.0, "interval": None}, {"value": 3.0, "interval": None}])["interval"]
     [-10.706, 14.706]
@@ -369,7 +369,7 @@ def summarize(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     interval = values[0]["interval"]
     if n > 1:
         half = (STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96) * statistics.stdev(numbers) / math.sqrt(n)
-        interval = [mean - half, mean + half]
+        interval = [max(mean - half, 0.0), min(mean + half, 1.0)] if rate else [mean - half, mean + half]
     return {"mean": mean, "interval": interval, "n": n, "values": numbers}
 
 
@@ -381,7 +381,9 @@ def collect(grid: Grid, seeds: Sequence[int] | None = None) -> list[dict[str, An
         found = [measured(grid, run) for run in runs]
         names = [name for name in ordered(found) if all(name in one for one in found)]
         if names:
-            row = {"cell": list(cell)} | {name: summarize([one[name] for one in found]) for name in names}
+            row = {"cell": list(cell)} | {
+                name: summarize([one[name] for one in found], kind(name)[1]) for name in names
+            }
             taught = [measured(grid, run, "teacher") for run in runs]
             if all(grid.measure in one for one in taught):
                 mean = statistics.fmean(one[grid.measure]["value"] for one in taught)

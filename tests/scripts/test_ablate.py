@@ -70,6 +70,8 @@ def test_the_table_holds_mean_interval_and_n(tmp_path: Path) -> None:
     half = stats.t.ppf(0.975, 2) * stats.sem(found["cosine"])
     assert several["n"] == 3 and several["mean"] == pytest.approx(statistics.fmean(found["cosine"]))
     assert several["interval"] == pytest.approx([several["mean"] - half, several["mean"] + half], rel=1e-3)
+    # No rate is below 0 or above 1.
+    assert ablate.summarize([{"value": x, "interval": None} for x in (0.05, 0.95)], rate=True)["interval"] == [0.0, 1.0]
     assert rows["qud", "short"]["EER"] == {"mean": 0.2, "interval": [0.2 - 0.01, 0.2 + 0.01], "n": 1, "values": [0.2]}
     ablate.report(made)
     text = (tmp_path / "grid" / "table.md").read_text().splitlines()
