@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from faceless.errors import InputError, suggest
-from faceless.files import sha256
+from faceless.files import read_json, sha256
 from faceless.randomness import Rng
 from synth.generators.base import Generator
 
@@ -48,7 +47,6 @@ SCHEDULERS = (
 )  # fmt: skip
 # A sample's seed for noise on the way: two numbers, small enough to be whole in half precision.
 SEEDS, SEED_VALUES = 2, 2048
-MAX_CONFIG = 1 << 20  # bytes
 MAX_CONTEXTS = 4 << 30  # bytes
 
 
@@ -530,7 +528,7 @@ def read_parts(folder: Path, *, text: bool, trust_remote_code: bool) -> dict[str
     Raises:
         InputError: a part is missing, damaged, of a class that is not in `PARTS`, or code lies beside it.
     """
-    index = read_json(folder / "model_index.json")
+    index = described(folder / "model_index.json")
     if trust_remote_code:
         return run_remote_code(folder, text)
     if code := next(folder.rglob("*.py"), None):
@@ -617,7 +615,7 @@ def quiet() -> Iterator[None]:
 def scheduler_class(folder: Path, name: str | None) -> Any:
     """The scheduler class of a name, or that of the pipeline."""
     if name is None:
-        entry = read_json(folder / "model_index.json").get("scheduler")
+        entry = described(folder / "model_index.json").get("scheduler")
         own = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         name = str(own)
     short = name.removesuffix("Scheduler")
@@ -658,28 +656,20 @@ def decoder_factor(decoder: Any) -> int:
     return 2 ** (len(stages) - 1)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object of a pipeline.
+def described(path: Path) -> dict[str, Any]:
+    """What a pipeline's file says of it.
 
     Raises:
-        InputError: missing, too large, or none.
+        InputError: missing, too large, or no JSON object.
     """
-    try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise InputError(f"{path}: too large for a description of a pipeline")
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; this is not the whole folder of a pipeline") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({type(error).__name__})") from error
-    if not isinstance(read, dict):
-        raise InputError(f"{path}: not the description of a part of a pipeline")
-    return read
+    if not path.is_file():
+        raise InputError(f"{path}: missing; this is not the whole folder of a pipeline")
+    return read_json(path)
 
 
 def bounded(path: Path) -> dict[str, Any]:
     """A part's description with numbers that some network may have: a stranger's could ask for a billion layers."""
-    config = read_json(path)
+    config = described(path)
 
     def check(key: str, value: Any, depth: int = 0) -> None:
         if depth > 4 or (isinstance(value, (list, tuple)) and key != "trained_betas" and len(value) > 64):
