@@ -339,7 +339,7 @@ class Objective(nn.Module):
         for name, loss in self.terms():
             try:
                 if build:
-                    loss.prepare(said, taught)
+                    loss.prepare(self._projected(said), taught)
                 self._show(loss, said, taught)
             except (ValueError, RuntimeError) as error:
                 fits = "" if build else f"the {who} does not fit as the last one does: "

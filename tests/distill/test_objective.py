@@ -18,6 +18,7 @@ from distill.losses.features import Hint
 from distill.losses.logits import CrossEntropy, LogitKD
 from distill.losses.margin import ArcFace
 from distill.losses.ranking import EKD
+from distill.losses.self_distillation import DeepToShallow
 from distill.objective import Adaptive, Classifier, GradientBalance, Objective
 from distill.settings import Optimizer
 from distill.train import make_optimizer
@@ -83,6 +84,20 @@ def test_another_dimension_is_projected_or_refused() -> None:
     assert objective.projection.weight.grad is not None
     with pytest.raises(InputError, match="have 4 numbers and the teacher's 8"):
         Objective({"a": CosineEmbedding()}, {"a": 1.0}, student_dim=4, teacher_dim=8, projection="none")
+
+
+@pytest.mark.parametrize("classes", [None, 6])
+def test_exits_answer_as_the_projected_student_does(classes: int | None) -> None:
+    student = faceless.create("slimresnet", embedding_dim=4, input_size=32, widths=(8, 16), depths=(1, 1))
+    exits = DeepToShallow(layers=["stages.0"], classes=classes)
+    objective = Objective({"self": exits}, {"self": 1.0}, student_dim=4, teacher_dim=8)
+    objective.probe(student, faceless.create("slimresnet", embedding_dim=8, input_size=32))
+    faces, labels = torch.randint(0, 256, (3, 3, 32, 32)).float(), torch.tensor([0, 1, 5])
+    said = student(faces, features=objective.student_features)
+    loss, _ = objective(said, Output(torch.randn(3, 8)), labels)
+    loss.backward()
+    assert objective.projection is not None and (objective.projection.weight.grad is not None) == (classes is not None)
+    assert [exit_.linear.out_features for exit_ in exits.exits] == [8]
 
 
 def networks() -> tuple[faceless.Recognizer, faceless.Recognizer]:
