@@ -216,9 +216,9 @@ class Fusion(nn.Module):
     - ``mean``: the mean of ``u R``, whose norm is 1 where the members agree.
     - ``von-mises-fisher``: each member says ``k u R``, the natural parameter of a von Mises-Fisher distribution, and
       their mean is that of the fused one: its direction is the target and its norm the concentration, small where
-      members disagree or are not sure. BEA-KD (CVPR 2023) fuses so; its code and its way to ``k`` are not public. Here
-      ``k`` is the member's weight, in parts of their sum, times the norm of this face's embedding over the mean norm
-      (``by_norm``).
+      members disagree or are not sure. BEA-KD (CVPR 2023) fuses so; its code and its way to ``k`` are not public, and
+      its members share a classifier. Chosen here are the centering and ``R``, and that ``k`` is the member's weight, in
+      parts of their sum, times the norm of this face's embedding over the mean norm (``by_norm``).
 
     Args:
         members: the recognizers; each resizes and normalizes for itself, and is shown faces in its own framing.

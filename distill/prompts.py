@@ -32,9 +32,9 @@ class Prompts:
 
     Zhao et al.: Cross-Architecture Distillation for Face Recognition, ACM MM 2023 (arXiv 2306.14662); no official code.
     Known: prompts in the layers of a frozen Transformer, replaced where Swin merges patches, and kept beside the tokens
-    after the last layer; more than 50 hurt. Chosen: fresh ones in each layer (deep prompts of VPT, Jia et al., ECCV
-    2022), where prompts could live on through a stage; and none among the tokens that are pooled or compared, so that a
-    teacher with prompts gives features of the shape that it gave without.
+    after the last layer; 5 to 50 were tried, and too many hurt. Chosen: fresh ones in each layer (deep prompts of VPT,
+    Jia et al., ECCV 2022), where prompts could live on through a stage; and none among the tokens that are pooled or
+    compared, so that a teacher with prompts gives features of the shape that it gave without.
 
     Args:
         tokens: in each layer; 5 to 50.

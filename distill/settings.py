@@ -155,8 +155,9 @@ class Run:
         student: the network to train.
         peers: further students that train along, for mutual learning (see `distill.losses.mutual`).
         chain: train several students, each taught by the one before, and the first by ``teacher``: for each the dotted
-            keys in which it differs from this recipe; the seed counts up by itself. All but the last, which is the
-            run's, are whole runs of their own in ``output/link-1``, ``output/link-2``, and so on.
+            keys in which it differs from this recipe. Links before the last have the seed plus 1000, 2000, ... unless
+            they name one. All but the last, which is the run's, are whole runs of their own in ``output/link-1``,
+            ``output/link-2``, and so on.
         snapshot_every: keep the student as it is every so many steps, and at the end, in ``output/snapshots``; null
             keeps none.
         augment: what is done to the faces that teacher and student see.

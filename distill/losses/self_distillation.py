@@ -41,13 +41,13 @@ class DeepToShallow(Loss):
 
     Each exit gives an embedding e of a feature map; E is the student's, a constant here. Without ``classes``, summed
     over exits: (1 - share) (1 - cos(e, teacher)) + share (1 - cos(e, E)) + hint mean((e - E)^2). The student's own loss
-    stands in the recipe as ever. With ``classes``, as published, every exit and the student itself have class centers:
-    (1 - share) cross-entropy + share T^2 KL(p_E || p_e) + hint mean((e - E)^2) summed over exits, plus the student's
-    cross-entropy; no teacher is needed. Exits are dropped when training ends.
-    Zhang et al.: Be Your Own Teacher, ICCV 2019, section 3.
+    stands in the recipe as ever. With ``classes``, after the published form, every exit and the student itself have
+    class centers: (1 - share) cross-entropy + share T^2 KL(p_E || p_e) + hint mean((e - E)^2) summed over exits, plus
+    the student's cross-entropy; no teacher is needed. Exits are dropped when training ends. Zhang et al.: Be Your Own
+    Teacher, ICCV 2019, section 3.
 
-    Chosen here: exits of one linear map behind a grid of 4 x 4 places, where the authors put bottleneck blocks; and
-    scores that are scaled cosines.
+    Chosen here: exits of one linear map behind a grid of 4 x 4 places, where the authors put bottleneck blocks; that
+    hints compare final embeddings, in the mean over their numbers; and scores that are scaled cosines.
 
     Args:
         layers: names of the student's sub-modules that get an exit: maps ``[B, C, H, W]`` or tokens ``[B, N, C]``.
