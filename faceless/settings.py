@@ -356,6 +356,11 @@ def _explained(key: str, rest: str, parser: ArgumentParser) -> tuple[str, str]:
         inside += [found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))]
         known = suggest(missing[2], [name for name in inside if not name.startswith("_")])
         return f"{key.removesuffix('.init_args')}.class_path", f"{missing[1]} has no {missing[2]}; {known}"
+    if re.match(r"Not a valid subclass of|Expected an instantiatable class, but", rest):
+        hints = [getattr(a, "_typehint", None) for a in parser._actions if a.dest == key]
+        bases = [kind for hint in hints for kind in get_args(hint) or (hint,) if isinstance(kind, type)]
+        classes = sorted(f"{sub.__module__}.{sub.__name__}" for base in bases for sub in base.__subclasses__())
+        return key, f"no class; write class_path with {' or '.join(classes) or 'MODULE.CLASS'}, and init_args"
     if named := re.fullmatch(r"Expected a dot import path string: (.*)", rest):
         return key, f"{named[1]!r} is no class; write its module and its name, as in distill.sources.CorpusSource"
     if group := re.match(r"Unable to load config ['\"](.*?)['\"]", rest):

@@ -119,15 +119,15 @@ class Grid:
             shlex.split(self.launch)
         except ValueError as error:
             raise InputError(f"launch is {self.launch!r}: {error}") from error
-        if taken := {"seed", "output"} & self.common.keys():
-            raise InputError(f"common sets {min(taken)}, which follows from the grid")
+        said = {f"axes.{axis}.{name}": keys for axis, options in self.axes.items() for name, keys in options.items()}
+        for where, keys in ({"common": self.common} | said).items():
+            if taken := {"seed", "output"} & keys.keys():
+                raise InputError(f"{where} sets {min(taken)}, which follows from the grid")
         places: dict[str, str] = {}  # by key, the axis that sets it
         for axis, options in self.axes.items():
             for name, keys in options.items():
                 if odd := [key for key in (axis, name, *keys) if not isinstance(key, str)]:
                     raise InputError(f"axes.{axis}.{name}: {odd[0]} is a number and no name; write it in quotes")
-                if taken := {"seed", "output"} & keys.keys():
-                    raise InputError(f"axes.{axis}.{name} sets {min(taken)}, which follows from the grid")
                 for key in keys:
                     if places.setdefault(key, axis) != axis:
                         raise InputError(
@@ -338,14 +338,12 @@ def measured(grid: Grid, run: Path, label: str = "student") -> dict[str, dict[st
         if grid.people not in subsets:
             raise InputError(f"{run}: verified on people {', '.join(subsets)}; set people to one of them")
         for subset, rows in subsets.items():
-            row = next((row for row in rows if row["label"] == label), None)
-            if row is None:  # a run without a teacher
-                return {}
             condition = subset.removeprefix(grid.people)
-            if not condition:
-                found |= rates(row)
-            elif condition.startswith(" "):
-                found |= {f"{measure},{condition}": rates(row)[measure] for measure in WORSE}
+            row = next((row for row in rows if row["label"] == label), None)  # none of a run without a teacher
+            if row is None or (condition and not condition.startswith(" ")):
+                continue
+            said = rates(row)
+            found |= {f"{measure},{condition}": said[measure] for measure in WORSE} if condition else said
     if label == "student" and (run / "metrics.jsonl").exists():
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         agreement = [entry["validation"] for entry in entries if "validation" in entry]

@@ -96,6 +96,7 @@ def test_what_is_written_is_complete_and_reads_back_the_same(tmp_path: Path) -> 
         ({"shape": f"{__name__}.Sqare"}, [], ["drawing.yaml", "shape.class_path", "Sqare", "did you mean Square"]),
         ({"shape": {"class_path": "faceless.seetings.Shape"}}, [], ["shape.class_path", "did you mean settings"]),
         ({"shape": "square"}, [], ["drawing.yaml: shape: 'square' is no class"]),
+        ({"shape": [1, 2]}, [], ["drawing.yaml: shape: no class; write class_path with ", f"{__name__}.Square or "]),
         ({"pen": "thick"}, [], ["drawing.yaml: pen: 'thick' is no group of keys; its keys are width, range"]),
         ({"parts": {"left": {"widht": 3}}}, [], ["unknown key 'parts.left.widht'", "width"]),
         ({"parts": {"left": {"width": "x"}}}, [], ["drawing.yaml: parts.left.width: Expected a int. Got value: x"]),
