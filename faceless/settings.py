@@ -358,7 +358,8 @@ def _explained(key: str, rest: str, parser: ArgumentParser) -> tuple[str, str]:
         return f"{key.removesuffix('.init_args')}.class_path", f"{missing[1]} has no {missing[2]}; {known}"
     if re.match(r"Not a valid subclass of|Expected an instantiatable class, but", rest):
         hints = [getattr(a, "_typehint", None) for a in parser._actions if a.dest == key]
-        bases = [kind for hint in hints for kind in get_args(hint) or (hint,) if isinstance(kind, type)]
+        kinds: list[Any] = [kind for hint in hints for kind in get_args(hint) or (hint,)]
+        bases: list[Any] = [kind for kind in kinds if isinstance(kind, type) and kind.__module__ != "builtins"]
         classes = sorted(f"{sub.__module__}.{sub.__name__}" for base in bases for sub in base.__subclasses__())
         return key, f"no class; write class_path with {' or '.join(classes) or 'MODULE.CLASS'}, and init_args"
     if named := re.fullmatch(r"Expected a dot import path string: (.*)", rest):

@@ -309,6 +309,19 @@ def test_a_wrong_key_inside_a_recipe_is_named_with_its_file(
     assert "warmpu" in message and "warmup" in message and "recipe.yaml" in message
 
 
+def test_a_list_of_teachers_in_a_recipe_is_told_which_classes_hold_several(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(recipe(tmp_path, teacher).read_text()) | {"teacher": ["one", "two"]}))
+    with pytest.raises(SystemExit) as stop:
+        command(main)(["--config", str(path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    kinds = "distill.ensembles.Ensemble or distill.ensembles.Nobody or distill.ensembles.Snapshots"
+    assert message == f"error: {path}: teacher: no class; write class_path with {kinds}, and init_args"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
