@@ -4,7 +4,8 @@
 
 Every cell of the grid (one option of each axis, one seed) is a run of ``distill/train.py`` in a folder of its own. A
 grid that was stopped goes on when it is given again: finished cells are kept, a cell that was under way resumes. Then
-``table.md``, ``table.json`` and one figure for each rate are written into the grid's folder.
+``table.md``, ``table.json``, one figure for each rate, and one for all conditions together are written into the grid's
+folder.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import matplotlib
+import numpy as np
 import yaml
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -493,6 +496,33 @@ def figure(grid: Grid, rows: Sequence[dict[str, Any]], name: str, teacher: dict[
     return made
 
 
+def overview(rows: Sequence[dict[str, Any]], measure: str) -> Figure:
+    """A measure of `WORSE` under all conditions of the first cell, and how much better or worse all others are than it.
+
+    Colors are as strong as a difference is beside the largest in its column. Cells without one of the conditions are
+    left out.
+    """
+    first = next(row for row in rows if measure in row)
+    names = [name for name in ordered([first]) if name == measure or name.startswith(f"{measure}, ")]
+    rows = [row for row in rows if all(name in row for name in names)]
+    means = 100 * np.array([[row[name]["mean"] for name in names] for row in rows])
+    better = (means - means[0]) * (1 if kind(measure)[0] else -1)
+    scale = np.maximum(np.abs(better).max(0), 1e-9)
+    made = Figure(figsize=(2.6 + 0.62 * len(names), 1.0 + 0.24 * len(rows)), layout="constrained")
+    axis = made.add_subplot()
+    colors = LinearSegmentedColormap.from_list("", [figures.ORANGE, "white", figures.BLUE])
+    axis.imshow(better / scale, cmap=colors, vmin=-1.4, vmax=1.4, aspect="auto")  # pale enough to write on
+    for place, column in np.ndindex(means.shape):
+        axis.text(column, place, f"{means[place, column]:.1f}", ha="center", va="center")
+    axis.set_xticks(range(len(names)), [name.partition(", ")[2] or "as they are" for name in names], rotation=30)
+    axis.set_yticks(range(len(rows)), [f"{' '.join(row['cell'])} (n={row[measure]['n']})" for row in rows])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel(f"{measure}, %: blue better, orange worse than {' '.join(first['cell'])}")
+    return made
+
+
 def report(grid: Grid) -> None:
     """Write the table and the figures of what is finished."""
     output, rows = Path(grid.output), collect(grid)
@@ -505,12 +535,14 @@ def report(grid: Grid) -> None:
     record = {"axes": list(grid.axes), "people": grid.people, "rows": rows}
     atomic_write(output / "table.json", json.dumps(record, indent=1) + "\n")
     with matplotlib.rc_context(figures.STYLE):
-        for name in ordered(rows):
-            drawn = figure(grid, rows, name, teacher)
-            FigureCanvasSVG(drawn)
+        drawn = {name: figure(grid, rows, name, teacher) for name in ordered(rows)}
+        conditions = [name for name in WORSE if any(other.startswith(f"{name}, ") for other in drawn)]
+        drawn |= {f"{name}, conditions": overview(rows, name) for name in conditions}
+        for name, made in drawn.items():
+            FigureCanvasSVG(made)
             file = name.replace("@FAR=", "-").replace(", ", "-").replace("/", "-")
             with atomic_path(output / f"{file}.svg") as path:
-                drawn.savefig(path, format="svg", metadata={"Date": None})
+                made.savefig(path, format="svg", metadata={"Date": None})
     print(f"\n{text}\n{output / 'table.md'}")
 
 

@@ -9,7 +9,9 @@ import statistics
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from scipy import stats
@@ -115,7 +117,24 @@ def test_the_table_says_how_they_do_under_each_condition(tmp_path: Path) -> None
     assert [name for name in said if "px" in name] == ["EER, 14px, %", "TAR@FAR=1e-2, 14px, %"]
     assert said["EER, %"].startswith("10.00") and said["EER, 14px, %"] == "30.00"
     assert said["TAR@FAR=1e-2, %"].startswith("90.00") and said["TAR@FAR=1e-2, 14px, %"] == "40.00"
-    assert (tmp_path / "grid" / "TAR-1e-2-14px.svg").exists()
+    assert {"TAR-1e-2-14px.svg", "EER-conditions.svg"} <= {path.name for path in (tmp_path / "grid").iterdir()}
+
+
+def test_one_picture_shows_all_conditions_and_who_is_better_under_each(tmp_path: Path) -> None:
+    figures = {"EER": (0.10, 0.08, 0.20), "EER, 14px": (0.3, 0.4, 0.3), "EER, masked": (0.5, 0.2, 0.4)}
+    rows: list[dict[str, Any]] = [
+        {"cell": [name]} | {measure: {"mean": means[place], "n": 1} for measure, means in figures.items()}
+        for place, name in enumerate(("plain", "masks", "other"))
+    ]
+    rows.insert(1, {"cell": ["whole faces only"], "EER": {"mean": 0.1, "n": 1}})
+    (axis,) = ablate.overview(rows, "EER").axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["as they are", "14px", "masked"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["plain (n=1)", "masks (n=1)", "other (n=1)"]
+    assert " ".join(text.get_text() for text in axis.texts) == "10.0 30.0 50.0 8.0 40.0 20.0 20.0 30.0 40.0"
+    # In parts of the largest difference of a column; less error is better.
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0, 0, 0], [0.2, -1, 1], [-1, 0, 1 / 3]], atol=1e-9)
+    more = [{"cell": [name], "TAR@FAR=1e-2": {"mean": mean, "n": 1}} for name, mean in (("plain", 0.5), ("other", 0.6))]
+    np.testing.assert_allclose(ablate.overview(more, "TAR@FAR=1e-2").axes[0].images[0].get_array(), [[0], [1]])
 
 
 def test_cells_near_the_best_and_named_ones_are_confirmed(tmp_path: Path) -> None:
