@@ -118,7 +118,7 @@ def make_teacher(run: Run, nets: list[Recognizer], objective: Objective, acceler
         if len(nets) > 1 and objective.centering is not None:
             if not objective.centering.primed:
                 raise InputError(f"center: not all faces recur, so the mean of stage {number} is unknown: use false")
-            means.append(objective.centering.mean.clone())
+            means.append(objective.centering.mean.to(accelerator.device, copy=True))
     # The objective takes the last stage's mean away.
     shifts = [means[-1] - mean for mean in means]
     return stages[0] if len(stages) == 1 else StagedTeacher(stages, shifts)
@@ -130,13 +130,20 @@ def calibrate(run: Run, net: FusedRecognizer, learn: bool) -> None:
     Args:
         learn: whether this process learns from them; all others take over what it learned.
     """
-    faces, shown = run.source.sample(net.faces), None
-    if run.teacher_sees == "view":  # faces that are blurred have another mean
-        shown = asdict(run.augment) | {"seed": run.seed}
-    net.know(faces, shown)
+    augment = run.augment if run.teacher_sees == "view" else None  # faces that are blurred have another mean
+    # Corpora show the same faces whatever the seed.
+    told = [
+        {key: record[key] for key in ("fingerprint", "faces", "share") if key in record}
+        if "fingerprint" in record
+        else [run.seed, record]
+        for record in run.source.records()
+    ]
+    net.know([told, None if augment is None else [run.seed, asdict(augment)]])
     if learn:
-        views = faces if shown is None else run.augment(faces, Rng.of(run.seed, "calibration", range(len(faces))))
-        net.fusion.calibrate(views)
+        faces = run.source.sample(net.faces)
+        if augment is not None:
+            faces = augment(faces, Rng.of(run.seed, "calibration", range(len(faces))))
+        net.fusion.calibrate(faces)
 
 
 def make_stage(run: Run, net: Recognizer, objective: Objective, accelerator: Accelerator) -> FrozenTeacher:

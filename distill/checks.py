@@ -94,7 +94,7 @@ def check_classes(run: Run, objective: Objective) -> None:
         if loss.classes is not None and classes > loss.classes:
             raise InputError(f"losses.{term} is for {loss.classes} classes, and the faces have {classes} identities")
     if objective.needs_centers and not (isinstance(source, Rows) and run.teacher_cache is not None and classes > 1):
-        wants = "classifier" if run.classifier is not None else "a loss of frozen centers"
+        wants = "classifier" if run.classifier is not None else "a loss of the teacher's class centers"
         raise InputError(
             f"{wants} needs the mean teacher embedding of each identity: set teacher_cache, and a labelled source "
             "or pseudo_identities"

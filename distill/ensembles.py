@@ -263,9 +263,7 @@ class Fusion(nn.Module):
         """Raw embeddings ``[B, D]`` of one member, in float32."""
         network = cast(Recognizer, self.members[member])
         if network.spec.framing != self.framing:
-            size = network.spec.height
-            points = align.template(self.framing, "arcface5", images.shape[-1]).expand(len(images), -1, -1)
-            images = align.crop(images.float(), points, network.spec.framing, size, scheme="arcface5", border="border")
+            images = align.reframe(images, self.framing, network.spec.framing, network.spec.height)
         embedding: Tensor = network(images).embedding
         return embedding.float()
 
@@ -354,17 +352,16 @@ class FusedRecognizer(Recognizer):
     def fusion(self) -> Fusion:
         return cast(Fusion, self.backbone)
 
-    def know(self, faces: Tensor, shown: Any) -> None:
+    def know(self, shown: Any) -> None:
         """Let the digest that caches and records go by name what `calibrate` is to see.
 
         Args:
-            faces: ``[N, 3, H, W]`` uint8, before augmentation, whose bits would depend on the CPU.
-            shown: what is done to them, in JSON.
+            shown: which faces and what is done to them, in JSON. Not their pixels: those that a network generates, or
+                an augmentation changes, differ in their last bits between devices.
         """
-        known = hashlib.sha256(self.source["sha256"].encode())
-        known.update(faces.contiguous().numpy().tobytes())
-        known.update(json.dumps(shown).encode())
-        self.source["sha256"] = known.hexdigest()
+        self.source["sha256"] = hashlib.sha256(
+            json.dumps([self.source["sha256"], shown], default=str).encode()
+        ).hexdigest()
 
     def preprocess(self, images: Tensor) -> Tensor:
         return images

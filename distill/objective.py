@@ -81,6 +81,7 @@ class GradientBalance(nn.Module):
     norms: Tensor
     weight: Tensor
     shares: Tensor
+    order: Tensor
 
     def __init__(self, settings: Adaptive, losses: Mapping[str, Loss], weights: Mapping[str, float]):
         super().__init__()
@@ -103,7 +104,7 @@ class GradientBalance(nn.Module):
                 raise InputError("adaptive.rule literal swaps one CrossEntropy with one LogitKD; use matched")
             a, b = kinds.index(CrossEntropy), kinds.index(LogitKD)
             order[a], order[b] = b, a
-        self.order = order
+        self.register_buffer("order", torch.tensor(order), persistent=False)
         self.logs = nn.Parameter(torch.zeros(len(losses))) if settings.rule == "learned" else None
 
     def now(self) -> Tensor:
@@ -284,15 +285,18 @@ class Objective(nn.Module):
         """Give the class centers ``[C, D]`` to all that want them.
 
         Raises:
-            InputError: a loss is for another number of classes.
+            InputError: a loss is for another number of classes, or of another D.
         """
         if self.scores is not None:
             self.scores.prime(centers.to(self.scores.centers))
         for name, loss in self.terms():
             if loss.needs_centers:
-                if loss.classes != len(centers):
+                if (loss.classes or 0) < len(centers):
                     raise InputError(f"losses.{name} is for {loss.classes} classes, and the faces have {len(centers)}")
-                cast(Any, loss).prime(centers)
+                try:
+                    cast(Any, loss).prime(centers)
+                except ValueError as error:
+                    raise InputError(f"losses.{name}: {error}") from error
 
     def tables(self) -> list[nn.Parameter]:
         """Class centers that learn: parameters of which a step moves the rows of few classes."""

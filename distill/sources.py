@@ -914,7 +914,8 @@ class OnlineSource(Source):
         return torch.cat(faces).round().clamp(0, 255).byte().cpu() if faces else torch.empty(0, 3, 8, 8).byte()
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "online", "real_faces": False, "framing": self.framing_known()} | self.generator.provenance()
+        told = {"kind": "online", "real_faces": False, "framing": self.framing_known()}
+        return told | ({"size": self.side} if self.landmarks else {}) | self.generator.provenance()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.resampling is None else self.resampling.state_dict()

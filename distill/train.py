@@ -152,6 +152,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
     metrics = Metrics(output / "metrics.jsonl", step) if main_process else None
     if run.tensorboard and step < run.steps:
         accelerator.init_trackers("tensorboard")
+    averaged = Average(average, student)  # after a checkpoint was read into both
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # The first step whose loss or gradient was not finite, kept on the device: looking costs a synchronisation.
     broken = torch.full((), -1, dtype=torch.int64, device=device)
@@ -203,7 +204,7 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 group["lr"] = rate * group.get("pace", 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            follow(average, student, run.ema, step)
+            averaged.follow(run.ema, step)
             run.source.feedback(batch, *bare_objective.comparable(out, seen))
             healthy = loss.detach().isfinite()
             if accelerator.scaler is None and norm is not None:  # with fp16, steps of infinite gradients are skipped
@@ -234,7 +235,8 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 faceless.save(current, output / "snapshots" / f"step-{step:08d}", student_record(run, record))
             if step % run.checkpoint_every == 0 or step == run.steps:
                 save()
-    final = average if run.ema else accelerator.unwrap_model(student)
+    # Without the wrapper, which would have the finished student compute in the run's precision.
+    final = average if run.ema else accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     accelerator.wait_for_everyone()
     if not more:
         accelerator.end_training()  # the processes part here
@@ -253,7 +255,7 @@ def start(run: Run) -> Accelerator:
     cpu = run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available())
     cores = run.threads or len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    torch.set_num_threads(max(1, cores // max(1, local if cpu else 1)))
+    torch.set_num_threads(max(1, cores // max(1, local)))
     if cpu:
         processes.keep_memory()
     if run.precision == "fp16" and cpu:
@@ -341,19 +343,25 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(Rng.of(seed, "dropout", [rank], step=step).integers(1 << 31, 1))
 
 
-@torch.no_grad()
-def follow(average: nn.Module, student: nn.Module, decay: float, step: int) -> None:
-    """Move the running average a step towards the student; quickly at first, when the student changes quickly."""
-    decay = min(decay, (1 + step) / (10 + step))
-    mine: list[Tensor] = []
-    theirs: list[Tensor] = []
-    for a, b in zip(average.state_dict().values(), student.state_dict().values()):
-        if a.is_floating_point():
-            mine.append(a)
-            theirs.append(b)
-        else:
+class Average:
+    """The running average of a student: its tensors side by side, found once.
+
+    Args:
+        average, student: two copies of one network, whose tensors stay where they are.
+    """
+
+    def __init__(self, average: nn.Module, student: nn.Module):
+        pairs = list(zip(average.state_dict().values(), student.state_dict().values()))
+        self.means = [(a, b) for a, b in pairs if a.is_floating_point()]
+        self.counts = [(a, b) for a, b in pairs if not a.is_floating_point()]
+
+    @torch.no_grad()
+    def follow(self, decay: float, step: int) -> None:
+        """Move a step towards the student; quickly at first, when the student changes quickly."""
+        mine, theirs = zip(*self.means)
+        torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + step) / (10 + step)))
+        for a, b in self.counts:
             a.copy_(b)
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
 def stop_if_broken(broken: Tensor, checkpoints: Checkpoints, accelerator: Accelerator) -> None:

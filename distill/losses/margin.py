@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from distill.gather import gather
 from distill.losses.base import Loss, labeled_cross_entropy, labeled_mean, one_of, positive
+from faceless.devices import moved
 from faceless.randomness import Rng
 from faceless.recognizer import Output
 
 GRADIENTS = ("straight-through", "exact")
+STARTS = ("random", "teacher")
 
 
 def random_rows(count: int, dim: int, seed: int, purpose: str, std: float = 0.01) -> Tensor:
@@ -87,7 +89,7 @@ def sampled_classes(
     (tensor([6, 7, 7, 8, 8]), tensor([ 1,  1, -1]), tensor([False, False,  True, False,  True]))
     """
     drawn = Rng.of(seed, "negative classes", range(negatives), step).integers(classes, 1)
-    drawn = drawn.flatten().to(labels.device)
+    drawn = moved(drawn.flatten(), labels.device)
     present = gather(labels)  # of all processes, so that they all use the same classes
     chosen = torch.cat((torch.where(present < 0, drawn[0], present), drawn)).sort().values
     repeated = chosen.diff(prepend=chosen[:1] - 1) == 0
@@ -121,7 +123,9 @@ class _Head(Loss):
     needs_teacher = False
     needs_labels = True
 
-    def __init__(self, embedding_dim: int, classes: int, negatives: int | None, seed: int | None, std: float):
+    def __init__(
+        self, embedding_dim: int, classes: int, start: str, negatives: int | None, seed: int | None, std: float
+    ):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes is {classes}; a head needs at least 2")
@@ -129,11 +133,32 @@ class _Head(Loss):
         self.negatives = check_negatives(negatives)
         self.seed = seed or 0
         self.step = 0
+        self.std = std
         self.centers = nn.Parameter(random_rows(classes, embedding_dim, self.seed, "class centers", std))
+        self.needs_centers = one_of(STARTS, start=start) == "teacher"
+        self.primed = False
+
+    @torch.no_grad()
+    def prime(self, centers: Tensor) -> None:
+        """Start from the directions of ``centers [C', D]``, C' <= C; classes without a face, or zeros, stay random."""
+        classes, dim = self.centers.shape
+        rows = random_rows(classes, dim, self.seed, "class centers", self.std).to(centers)
+        if len(centers) > len(rows) or centers.shape[1] != rows.shape[1]:
+            raise ValueError(
+                f"start is teacher, whose centers are {list(centers.shape)}, and those that learn {list(rows.shape)}"
+            )
+        # As long as random ones, so that a step turns them as far.
+        lengths = rows[: len(centers)].norm(dim=1, keepdim=True)
+        known = centers.norm(dim=1, keepdim=True) > 0
+        rows[: len(centers)] = torch.where(known, lengths * F.normalize(centers), rows[: len(centers)])
+        self.centers.copy_(rows)
+        self.primed = True
 
     def cosines(self, student: Output, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines ``[B, C']`` to the centers in use, -inf for repeated ones, and labels as their columns (-1 stays)."""
         S = student.embedding
+        if self.needs_centers and not self.primed:
+            raise ValueError(f"{type(self).__name__} has no centers to start from yet; give it some with prime()")
         if S.shape[1] != self.centers.shape[1]:
             raise ValueError(f"the centers have {self.centers.shape[1]} numbers, the embeddings {S.shape[1]}")
         check_labels(labels, self.classes)
@@ -164,6 +189,8 @@ class ArcFace(_Head):
         margin: radians.
         gradient: ``"straight-through"``: the margin moves values, not derivatives (InsightFace, OpenSphere).
             ``"exact"``: the formula's derivative, larger at small angles.
+        start: of the class centers: ``"random"``, or ``"teacher"``: where the teacher sees them (`prime`), for a
+            student of the teacher's D that is to learn identities where the teacher has put them.
         negatives: random classes to compare with per step beside those of the batch (Partial FC: An et al., CVPR 2022);
             None takes all C. The logits are then B x classes compared; the centers' gradient, and what the optimizer
             keeps of it, stay C x D.
@@ -190,10 +217,11 @@ class ArcFace(_Head):
         scale: float = 64.0,
         margin: float = 0.5,
         gradient: str = "straight-through",
+        start: str = "random",
         negatives: int | None = None,
         seed: int | None = None,
     ):
-        super().__init__(embedding_dim, classes, negatives, seed, std=0.01)
+        super().__init__(embedding_dim, classes, start, negatives, seed, std=0.01)
         self.scale = positive(scale=scale)
         self.gradient = one_of(GRADIENTS, gradient=gradient)
         self.margin = margin
@@ -225,11 +253,18 @@ class CosFace(ArcFace):
         classes: int,
         scale: float = 64.0,
         margin: float = 0.35,
+        start: str = "random",
         negatives: int | None = None,
         seed: int | None = None,
     ):
         super().__init__(
-            embedding_dim=embedding_dim, classes=classes, scale=scale, margin=margin, negatives=negatives, seed=seed
+            embedding_dim=embedding_dim,
+            classes=classes,
+            scale=scale,
+            margin=margin,
+            start=start,
+            negatives=negatives,
+            seed=seed,
         )
 
 
@@ -246,7 +281,7 @@ class SphereFace2(_Head):
         classes: number of identities C.
         scale, margin, power, balance, strength: of the formula (r, m, t, alpha and lw of OpenSphere).
         gradient: ``"straight-through"``: the logit's derivative by the cosine is the scale (OpenSphere); ``"exact"``.
-        negatives, seed: as for `ArcFace`.
+        start, negatives, seed: as for `ArcFace`.
 
     Shape:
         student embedding ``[B, D]``, labels ``[B]`` in 0..C-1, or -1 for none; returns a scalar.
@@ -270,11 +305,12 @@ class SphereFace2(_Head):
         balance: float = 0.7,
         strength: float = 50.0,
         gradient: str = "straight-through",
+        start: str = "random",
         negatives: int | None = None,
         seed: int | None = None,
     ):
         # The spread of Xavier initialization; only the directions of the centers matter to the loss.
-        super().__init__(embedding_dim, classes, negatives, seed, std=math.sqrt(2 / (classes + embedding_dim)))
+        super().__init__(embedding_dim, classes, start, negatives, seed, std=math.sqrt(2 / (classes + embedding_dim)))
         self.scale = positive(scale=scale)
         self.power = positive(power=power)
         self.strength = positive(strength=strength)

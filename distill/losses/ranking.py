@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.gather import gather
 from distill.losses.base import Loss, mean, one_of, positive
 from distill.running import Running
+from faceless.devices import moved
 from faceless.randomness import Rng
 from faceless.recognizer import Output
 
@@ -178,7 +179,7 @@ class PairwiseRanking(Loss):
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         s, t = F.normalize(gather(student.embedding)), F.normalize(gather(teacher.embedding))
-        i, j = self._choose(len(s)).to(s.device, non_blocking=True)
+        i, j = moved(self._choose(len(s)), s.device)
         of_student, of_teacher = (s[i] * s[j]).sum(1), (t[i] * t[j]).sum(1)
         lead = of_student.unsqueeze(1) - of_student
         theirs = of_teacher.unsqueeze(1) - of_teacher

@@ -9,6 +9,7 @@ from torch import Tensor
 from distill.gather import gather
 from distill.losses.base import Loss, mean, one_of, positive, same_dim
 from distill.memory import EmbeddingMemory
+from faceless.devices import moved
 from faceless.randomness import Rng
 from faceless.recognizer import Output
 
@@ -93,7 +94,7 @@ class RKDAngle(Loss):
 
     def compute(self, student: Output, teacher: Output, labels: Tensor | None) -> Tensor:
         S, T = _scaled(student, teacher, self.normalized)
-        chosen = self._choose(len(S)).to(S.device)
+        chosen = moved(self._choose(len(S)), S.device)
         return mean(F.smooth_l1_loss(_angles(S, chosen), _angles(T, chosen), reduction="none"))
 
     def _choose(self, batch: int) -> Tensor:

@@ -93,6 +93,29 @@ def test_sphereface2_bias_balances_target_and_others_at_cosine_0():
 
 
 @pytest.mark.parametrize("head", [ArcFace, CosFace, SphereFace2])
+def test_class_centers_may_start_where_the_teacher_sees_them(head):
+    S, T, labels = faces(6, 8, 4)
+    loss, fresh = head(embedding_dim=8, classes=5, start="teacher", seed=4), head(embedding_dim=8, classes=5, seed=4)
+    with pytest.raises(ValueError, match="no centers to start from yet"):
+        value(loss, S, T, labels)
+    with pytest.raises(ValueError, match=r"\[5, 6\].*\[5, 8\]"):
+        loss.prime(torch.ones(5, 6))
+    loss.prime(torch.ones(5, 8))  # a check's stand-ins leave nothing behind
+    # Of one class the teacher saw no face, and the last has none at all.
+    centers = torch.randn(4, 8)
+    centers[2] = 0
+    loss.prime(centers)
+    unit_rows, expected = F.normalize(loss.centers.detach()), F.normalize(fresh.centers.detach())
+    expected[[0, 1, 3]] = F.normalize(centers[[0, 1, 3]])
+    torch.testing.assert_close(unit_rows, expected)
+    torch.testing.assert_close(loss.centers.norm(dim=1), fresh.centers.norm(dim=1))
+    fresh.centers.data = loss.centers.data.clone()
+    result = value(loss, S, T, labels)
+    torch.testing.assert_close(result, value(fresh, S, T, labels))
+    assert torch.autograd.grad(result, loss.centers)[0].abs().sum() > 0  # they learn on
+
+
+@pytest.mark.parametrize("head", [ArcFace, CosFace, SphereFace2])
 def test_sampled_classes_are_those_of_the_batch_and_some_others(head):
     S, T, labels = faces(6, 8, 2)
     labels = labels * 1000

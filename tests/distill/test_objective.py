@@ -356,6 +356,8 @@ def test_class_centers_reach_all_that_want_them() -> None:
     assert [p.shape for p in objective.tables()] == [(4, 8)]
     with pytest.raises(InputError, match=r"losses\.frozen is for 4 classes, and the faces have 5"):
         objective.prime(torch.randn(5, 8))
+    with pytest.raises(InputError, match=r"losses\.frozen: centers are \[4, 8\], got \[3, 8\]"):
+        objective.prime(torch.randn(3, 8))
 
 
 @pytest.mark.parametrize("bounds", [{"lowest": 0.6, "highest": 0.9}, {"highest": 0.3}])

@@ -597,6 +597,18 @@ def test_a_student_that_goes_on_brings_its_past_along(
         assert named in capsys.readouterr().err
 
 
+def test_a_student_trained_in_half_precision_is_verified_in_full(tmp_path: Path, teacher: Path) -> None:
+    faces = folder(tmp_path / "faces", people=5, images=4, side=32)
+    path = recipe(
+        tmp_path, teacher, steps=2, precision="bf16", ema=0.0, verification={"benchmark": str(faces), "bootstrap": 0}
+    )
+    finished(launch(path, tmp_path / "run"))  # precision is one for all runs of a process
+    rows = json.loads((tmp_path / "run" / "verification.json").read_text())["subsets"]["all"]
+    student = faceless.load(tmp_path / "run" / "student")
+    found = verify(student, benchmark_for(student, faces), bootstrap=0).summary()
+    assert rows[1]["thresholds"] == pytest.approx(found["thresholds"], abs=1e-6)
+
+
 def test_half_precision_with_a_student_of_another_dimension(tmp_path: Path, teacher: Path) -> None:
     path = recipe(tmp_path, teacher, steps=2, precision="bf16")
     finished(launch(path, tmp_path / "run", "--student.embedding_dim", "8"))

@@ -135,6 +135,20 @@ def test_gradients_reach_the_pixels():
     assert torch.autograd.gradcheck(lambda x: align.crop(x, marks, "dlib", 6), image, atol=1e-4, fast_mode=True)
 
 
+@pytest.mark.parametrize(("known", "wanted"), [("dlib", "arcface"), ("arcface", "dlib")])
+@pytest.mark.parametrize(("side", "size"), [(64, 112), (150, 112), (112, 150), (301, 64)])
+def test_reframing_is_cropping_by_the_mean_face_whatever_the_precision(known, wanted, side, size):
+    picture = smooth_picture(side).float()
+    marks = align.template(known, "arcface5", side)[None]
+    expected = align.crop(picture, marks, wanted, size, scheme="arcface5", border="border")
+    with torch.inference_mode():
+        torch.testing.assert_close(align.reframe(picture, known, wanted, size), expected, atol=2e-2, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = align.reframe(picture.repeat(3, 1, 1, 1).requires_grad_(), known, wanted, size)
+    torch.testing.assert_close(again[1:2], expected, atol=2e-2, rtol=0)
+    again.sum().backward()  # what was kept from inference serves here too
+
+
 def test_crop_of_nothing_and_mismatched_counts():
     assert align.crop(torch.zeros(0, 3, 9, 9), torch.zeros(0, 5, 2)).shape == (0, 3, 150, 150)
     with pytest.raises(ValueError, match="2 images but landmarks of 1"):
