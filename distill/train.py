@@ -30,6 +30,7 @@ from distill.checks import check_classes, check_labelled, check_run, mirrored
 from distill.cohort import alone
 from distill.ensembles import load_teachers, snapshot_steps
 from distill.finish import finish, load_benchmark, make_record, reals, student_record
+from distill.gather import equal_shares
 from distill.global_norm import globalize
 from distill.muon import Muon
 from distill.settings import Optimizer, Run
@@ -196,7 +197,8 @@ def train(settings: Settings[Run], more: bool = False) -> Path:
                 seen.features["landmarks"] = moved(known, device)
             labels = None if batch.labels is None else moved(batch.labels, device)
             scattered = None if batch.scattered is None else moved(batch.scattered, device)
-            loss, terms = objective(out, seen, labels, batch.weights, scattered)
+            with equal_shares():  # the source gives each process as many faces
+                loss, terms = objective(out, seen, labels, batch.weights, scattered)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, run.optimizer.clip or math.inf)
             rate = learning_rate(run.optimizer, step, run.steps)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from distill.gather import gather
+from distill.gather import equal_shares, gather
 from distill.losses.embedding import Centering
 from distill.memory import EmbeddingMemory
 from distill.objective import Adaptive, Objective
@@ -72,9 +72,14 @@ def work(rank: int, port: int, folder: str) -> None:
     _, T, _ = faces(8, 6, 0)
     center.update(T[:5] if rank == 0 else T[5:])
     labels = gather(torch.arange(rank + 1))
+    with equal_shares():
+        numbers = torch.tensor([1.0, 2.0]).add(10 * rank).requires_grad_()
+        together = gather(numbers)
+        (together * torch.arange(1.0, 5.0)).sum().backward()
+    equal = (together.detach(), numbers.grad)
 
     rules = [adapted([4, 4], rank, rule) for rule in ("matched", "magnitude")]
-    state = (found, uneven, empty, memory.valid(), center.mean, labels, rules)
+    state = (found, uneven, empty, memory.valid(), center.mean, labels, rules, equal)
     torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -121,6 +126,10 @@ def test_centering_and_gather_see_all_processes(ranks):
     for rank in ranks:
         torch.testing.assert_close(rank[4], T.mean(0))
         assert rank[5].tolist() == [0, 0, 1]
+    for number, rank in enumerate(ranks):
+        together, gradient = rank[7]
+        assert together.tolist() == [1, 2, 11, 12]
+        assert gradient.tolist() == [2 * (2 * number + 1), 2 * (2 * number + 2)]  # each process asks the same of a row
 
 
 def test_weights_follow_the_gradient_of_all_processes_together(ranks):

@@ -57,14 +57,16 @@ def deep_mutual() -> dict[str, Any]:
     return {"peers": [PEER], "losses": {"deep": {"loss": deep}}, "center": False}
 
 
-def refo(start: Path) -> dict[str, Any]:
+def refo(folder: Path) -> dict[str, Any]:
     """A network that was trained before learns on, and a proxy holds it back with a weight that follows gradients."""
     net = faceless.create("slimresnet", embedding_dim=16, input_size=32, framing="dlib", seed=5, **TINY)
-    faceless.save(net, start, {})
-    margin = {"class_path": "distill.losses.margin.ArcFace", "init_args": {"embedding_dim": 16, "classes": 8}}
+    faceless.save(net, folder / "start", {})
+    given = {"embedding_dim": 16, "classes": 8, "start": "teacher"}
+    margin = {"class_path": "distill.losses.margin.ArcFace", "init_args": given}
     proxy = {"class_path": "distill.losses.embedding.FeatureL2", "init_args": {"form": "unit"}}
     losses = {"arcface": {"loss": margin}, "proxy": {"loss": proxy}}
-    return {"student": {"start": str(start)}, "losses": losses, "adaptive": {"rule": "matched"}, "center": False}
+    start = {"student": {"start": str(folder / "start")}, "teacher_cache": str(folder / "cache")}
+    return start | {"losses": losses, "adaptive": {"rule": "matched"}, "center": False}
 
 
 def change(path: Path, settings: dict[str, Any]) -> Path:
@@ -93,7 +95,7 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
         path = corpus_recipe(folder, folder / "teacher")
         source = yaml.safe_load(path.read_text())["source"]
         source["init_args"]["labels"] = str(folder / "identities.npy")
-        regime = deep_mutual() if name == "deep_mutual" else refo(folder / "start")
+        regime = deep_mutual() if name == "deep_mutual" else refo(folder)
         return change(path, {"source": source} | regime | SHORT | changes)
     return recipe(folder, folder / "teacher", **SHORT | kinds[name] | changes)
 
