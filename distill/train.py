@@ -354,14 +354,14 @@ class Average:
 
     def __init__(self, average: nn.Module, student: nn.Module):
         pairs = list(zip(average.state_dict().values(), student.state_dict().values()))
-        self.means = [(a, b) for a, b in pairs if a.is_floating_point()]
+        moving = [(a, b) for a, b in pairs if a.is_floating_point()]
+        self.mine, self.theirs = [a for a, _ in moving], [b for _, b in moving]
         self.counts = [(a, b) for a, b in pairs if not a.is_floating_point()]
 
     @torch.no_grad()
     def follow(self, decay: float, step: int) -> None:
         """Move a step towards the student; quickly at first, when the student changes quickly."""
-        mine, theirs = zip(*self.means)
-        torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(self.mine, self.theirs, 1 - min(decay, (1 + step) / (10 + step)))
         for a, b in self.counts:
             a.copy_(b)
 

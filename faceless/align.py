@@ -219,14 +219,11 @@ def crop(
     pixels = images if images.is_floating_point() else images.float()
     if len(pixels) == 0:
         return images.new_zeros(0, 3, size, size)
-    shrink = torch.linalg.det(to_image[..., :2]).clamp_min(1e-12).sqrt()
-    halvings = torch.log2(shrink / 1.5).ceil().clamp(0, 16).long()
+    halvings = _halvings(to_image)
     crops = pixels.new_empty(len(pixels), 3, size, size)
     for level in range(int(halvings.max()) + 1):
         if level > 0:
-            pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
-            half = 0.5 * to_image  # x' + 1/2 = (x + 1/2) / 2
-            to_image = torch.cat((half[..., :2], half[..., 2:] - 0.25), -1)
+            pixels, to_image = _halved(pixels), _in_halved(to_image)
         chosen = halvings == level
         if chosen.all():
             crops = _warp(pixels, to_image, size, border)
@@ -235,15 +232,30 @@ def crop(
     return crops if images.is_floating_point() else crops.round().clamp(0, 255).to(images.dtype)
 
 
+def _halvings(to_image: Tensor) -> Tensor:
+    """How often to halve an image before the maps ``[..., 2, 3]`` sample it, so that they shrink it by 1.5 at most."""
+    shrink = torch.linalg.det(to_image[..., :2]).clamp_min(1e-12).sqrt()
+    return torch.log2(shrink / 1.5).ceil().clamp(0, 16).long()
+
+
+def _halved(pixels: Tensor) -> Tensor:
+    return F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
+
+
+def _in_halved(to_image: Tensor) -> Tensor:
+    """The same maps into pixels of the halved image."""
+    half = 0.5 * to_image  # x' + 1/2 = (x + 1/2) / 2
+    return torch.cat((half[..., :2], half[..., 2:] - 0.25), -1)
+
+
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept here may have to be saved for a gradient later
 def _reframing(known: str, wanted: str, side: int, size: int, device: torch.device) -> tuple[int, Tensor]:
     """How often to halve crops of ``side`` pixels, and the places in them of the pixels of the other framing."""
     to_image = crop_to_image(template(known, "arcface5", side)[None], wanted, size, scheme="arcface5")[0]
-    shrink = float(torch.linalg.det(to_image[:, :2]).clamp_min(1e-12).sqrt())
-    halvings = min(16, max(0, math.ceil(math.log2(shrink / 1.5))))
+    halvings = int(_halvings(to_image))
     for _ in range(halvings):
-        to_image = torch.cat((0.5 * to_image[:, :2], 0.5 * to_image[:, 2:] - 0.25), 1)
+        to_image = _in_halved(to_image)
         side = -(-side // 2)
     y, x = torch.meshgrid(2 * [torch.arange(float(size))], indexing="ij")
     places = torch.stack((x, y), -1) @ to_image[:, :2].T + to_image[:, 2]
@@ -265,7 +277,7 @@ def reframe(images: Tensor, known: str, wanted: str, size: int) -> Tensor:
         halvings, grid = _reframing(known, wanted, images.shape[-1], size, images.device)
         pixels = images.float()
         for _ in range(halvings):
-            pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
+            pixels = _halved(pixels)
         return F.grid_sample(pixels, grid.expand(len(pixels), -1, -1, -1), padding_mode="border", align_corners=True)
 
 
