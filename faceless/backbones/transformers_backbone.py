@@ -150,7 +150,7 @@ def read_weights(file: Path, backbone: TransformersBackbone, model: str) -> nn.M
         (Path(folder) / file.name).symlink_to(file.resolve())
         try:
             network, info = auto.AutoModelForImageClassification.from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype="float32"
+                folder, output_loading_info=True, use_safetensors=True, local_files_only=True, dtype="float32"
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{file}: does not fit {model} ({str(error)[:200]})") from error

@@ -196,6 +196,12 @@ def test_all_rows_at_once_find_what_faiss_finds_for_each(
     index.add(rows[:1450])  # fewer than it was made for
     index.effort = effort
     rows = rows[:1450]
+    if index.effort < index.index.nlist:
+        # Rows as near to one list more may be looked for in either, as the last bits of a product fall.
+        nearest = index.index.quantizer.search(index._ready(rows), index.effort + 1)[0]
+        clear = nearest[:, -2] - nearest[:, -1] > 1e-6
+        assert clear.sum() > 1300
+        rows = rows[clear]
     scores, ids = index._search_together(rows, 9)
     expected, by_faiss = index.search(rows, 9)
     np.testing.assert_allclose(scores, expected, atol=2e-6)
